@@ -205,8 +205,11 @@ Backbone = Literal[
     "ResNet50V2",
     "DenseNet121",
     "DenseNet169",
+    "DenseNet201",
     "EfficientNetV2B0",
     "MobileNetV3Small",
+    "EfficientNetV2S",
+    "ConvNeXtTiny",
     "TinyCNN",
 ]
 
@@ -239,6 +242,9 @@ class TrainSettings(Settings):
     schedule: Literal["constant", "cosine", "plateau"] = Field(
         "constant", description="cosine: falls to zero at the last step; plateau: falls when the AUROC stops rising"
     )
+    layer_decay: float = Field(
+        1.0, gt=0.0, le=1.0, description="factor of the learning rate per stage of the backbone below the head; 1: none"
+    )
     warmup_epochs: float = Field(0.0, ge=0.0, description="epochs of linear warm-up; may be a fraction")
     plateau_patience: int = Field(2, ge=1, description="plateau: epochs without a better AUROC before a fall")
     plateau_factor: float = Field(0.1, gt=0.0, lt=1.0, description="plateau: factor of each fall")
@@ -257,7 +263,12 @@ class TrainSettings(Settings):
     deterministic: bool | None = Field(
         None, description="bit-identical results on every run; null: on CPUs without xla, where it costs little"
     )
-    batch_size: int = Field(32, ge=1, le=65536, description="global batch size, over all workers")
+    batch_size: int = Field(
+        32, ge=1, le=65536, description="images per forward pass, over all workers; BatchNorm's batch"
+    )
+    accumulate: int = Field(
+        1, ge=1, le=1024, description="batches whose gradients are summed for one step, as a batch of their total size"
+    )
     epochs: int = Field(10, ge=1, le=100_000, description="passes over the training images")
     steps_per_epoch: int | None = Field(None, ge=1, description="null: one pass over the training images")
     patience: int | None = Field(None, ge=1, description="stop after this many epochs without a better AUROC")
@@ -266,7 +277,21 @@ class TrainSettings(Settings):
     rotation: float = Field(0.0, ge=0.0, le=45.0, description="maximum random rotation to either side, degrees")
     shift: float = Field(0.04, ge=0.0, le=0.5, description="maximum random shift, fraction of the side")
     zoom: float = Field(0.0, ge=0.0, le=0.5, description="random zoom in the range 1 +- this")
+    shear: float = Field(0.0, ge=0.0, le=20.0, description="maximum random horizontal shear to either side, degrees")
+    crop: float = Field(
+        0.0, ge=0.0, le=0.9, description="random resized crop: the largest share of the area that is cut off"
+    )
     contrast: float = Field(0.1, ge=0.0, le=0.9, description="random contrast in the range 1 +- this")
+    intensity: int = Field(
+        0, ge=0, le=8, description="random changes of gray values per image (RandAugment), of eight kinds; 0: none"
+    )
+    intensity_strength: float = Field(0.5, gt=0.0, le=1.0, description="intensity: strength of the changes")
+    erase: float = Field(
+        0.0, ge=0.0, le=0.5, description="random erasing in half of the images: the largest share of the area"
+    )
+    mixup: float = Field(
+        0.0, ge=0.0, le=10.0, description="MixUp of pairs of images: alpha of the share's Beta distribution; 0: off"
+    )
     calibration: Literal["platt", "temperature"] = Field(
         "platt", description="platt: slope and intercept; temperature: slope only"
     )
@@ -333,7 +358,8 @@ class TrainSettings(Settings):
             (self.schedule == "plateau", "schedule is not plateau", ("plateau_patience", "plateau_factor")),
             (self.frozen_epochs > 0, "frozen_epochs is 0", ("frozen_learning_rate",)),
             (stage > 0 or self.frozen_learning_rate is None, "all epochs are frozen", ("learning_rate",)),
-            (stage > 0, "all epochs are frozen", ("warmup_epochs",)),
+            (stage > 0, "all epochs are frozen", ("warmup_epochs", "layer_decay")),
+            (self.intensity > 0, "intensity is 0", ("intensity_strength",)),
         ]
         return [
             f"{name} ({reason})"
@@ -341,6 +367,11 @@ class TrainSettings(Settings):
             for name in names
             if not is_used and getattr(self, name) != type(self).model_fields[name].default
         ]
+
+    @property
+    def images_per_step(self) -> int:
+        """The images of one step of the optimizer, over all workers."""
+        return self.batch_size * self.accumulate
 
     def finding_names(self) -> tuple[str, ...]:
         return labels.resolve(self.findings)

@@ -1,14 +1,15 @@
 """The backbones, each with the normalisation that its ImageNet weights were trained with.
 
 One mean and standard deviation for all backbones is a common bug: in keras.applications, ResNet50 expects BGR minus the
-mean, DenseNet scaled RGB over the deviation, ResNet50V2 -1 to 1, and EfficientNetV2 and MobileNetV3 normalise inside.
-Here the normalisation is a layer of the graph, so that no caller can forget it.
+mean, DenseNet scaled RGB over the deviation, ResNet50V2 -1 to 1, and EfficientNetV2, MobileNetV3 and ConvNeXt normalise
+inside. Here the normalisation is a layer of the graph, so that no caller can forget it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,9 +71,15 @@ BACKBONES: dict[str, BackboneInfo] = {
     "ResNet50V2": BackboneInfo("ResNet50V2", (1 / 127.5,) * 3, (-1.0,) * 3),
     "DenseNet121": BackboneInfo("DenseNet121", _TORCH_SCALE, _TORCH_OFFSET),
     "DenseNet169": BackboneInfo("DenseNet169", _TORCH_SCALE, _TORCH_OFFSET),
+    "DenseNet201": BackboneInfo("DenseNet201", _TORCH_SCALE, _TORCH_OFFSET),
     # These two take 0 to 255 and normalise in their own first layers.
     "EfficientNetV2B0": BackboneInfo("EfficientNetV2B0", _ONES, _ZEROS, (("include_preprocessing", True),)),
     "MobileNetV3Small": BackboneInfo("MobileNetV3Small", _ONES, _ZEROS, (("include_preprocessing", True),)),
+    # These two would do so too, but in half precision under a mixed policy.
+    "EfficientNetV2S": BackboneInfo(
+        "EfficientNetV2S", (1 / 128,) * 3, (-1.0,) * 3, (("include_preprocessing", False),)
+    ),
+    "ConvNeXtTiny": BackboneInfo("ConvNeXtTiny", _TORCH_SCALE, _TORCH_OFFSET, (("include_preprocessing", False),)),
     "TinyCNN": BackboneInfo(None, (1 / 127.5,), (-1.0,)),
 }
 
@@ -110,7 +117,31 @@ def features(
             f"weights: the ImageNet weights of {backbone} are unavailable ({reason}); connect to the internet, pass a "
             "weights file, or use weights=none for random weights"
         ) from None
-    return model.output
+    return _flatten(model, images) if any(isinstance(x, keras.Model) for x in model.layers) else model.output
+
+
+def _flatten(model: keras.Model, images: Any) -> Any:
+    """Rebuild a model with the layers of its Sequential parts, and their weights; return its output for `images`."""
+
+    def clone(layer: keras.layers.Layer) -> Any:
+        if isinstance(layer, keras.Sequential):
+            return layer
+        config = layer.get_config()
+        # Keras numbers layers without a name by what the process has built before.
+        return type(layer).from_config(
+            {**config, "name": re.sub(r"^(layer_normalization)_\d+$", r"\1", config["name"])}
+        )
+
+    def call(layer: keras.layers.Layer, x: Any, *more: Any, **options: Any) -> Any:
+        if not isinstance(layer, keras.Sequential):
+            return layer(x, *more, **options)
+        for inner in layer.layers:
+            x = clone(inner)(x)
+        return x
+
+    flat = keras.models.clone_model(model, input_tensors=images, clone_function=clone, call_function=call)
+    flat.set_weights(model.get_weights())
+    return flat.output
 
 
 @contextlib.contextmanager

@@ -56,6 +56,26 @@ def build_logits_model(model: keras.Model) -> keras.Model:
     return keras.Model(model.input, model.get_layer("logits").output, name=f"{model.name}_logits")
 
 
+def is_head(layer: keras.layers.Layer) -> bool:
+    """Return whether a layer with weights is above the backbone."""
+    return bool(layer.name.startswith("head_") or layer.name == "logits")
+
+
+def compute_depths(model: keras.Model) -> dict[str, int]:
+    """Return for each layer how many stages it is below the head, which has depth 0.
+
+    A stage of the backbone is all layers between two reductions of the image by strides, as in the papers of the
+    architectures. The layer that reduces belongs to the stage that it starts.
+    """
+    sides: list[int] = []
+    stages: dict[str, int] = {}
+    for layer in model.layers:
+        if max(getattr(layer, "strides", (1,))) > 1 and layer.output.shape[1] not in sides:
+            sides.append(layer.output.shape[1])
+        stages[layer.name] = len(sides)
+    return {layer.name: 0 if is_head(layer) else len(sides) + 1 - stages[layer.name] for layer in model.layers}
+
+
 def _dropout(x: Any, rate: float, name: str) -> Any:
     return layers.Dropout(rate, name=name)(x) if rate else x
 

@@ -83,7 +83,7 @@ def import_weights(path: str | Path, out: str | Path, *, backbone: str, options:
     """Make a bundle of a file with the weights of a backbone, pooling and one dense layer.
 
     Reads Keras files (`.h5`, `.weights.h5`, `.keras`) of every backbone, and PyTorch files (`.pth`, `.pt`, `.pth.tar`,
-    `.bin`, `.safetensors`) in torchvision's layout of DenseNet121, DenseNet169 and ResNet50. A ResNet50 of a PyTorch
+    `.bin`, `.safetensors`) in torchvision's layout of DenseNet121, 169 and 201 and ResNet50. A ResNet50 of a PyTorch
     file becomes the backbone `ResNet50V1.5`. Only numbers are read; no code of the file is executed. An ONNX file
     (`.onnx`) can have any layers; its bundle holds only the graph (see `graphs`).
 

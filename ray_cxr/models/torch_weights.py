@@ -18,7 +18,7 @@ from ray_cxr.errors import ConfigError
 
 #: A convolution of each family, by which the prefix of all names is found.
 _FIRST = {"DenseNet": "features.conv0.weight", "ResNet": "layer1.0.conv1.weight"}
-_DENSENETS = {"DenseNet121": (6, 12, 24, 16), "DenseNet169": (6, 12, 32, 32)}
+_DENSENETS = {"DenseNet121": (6, 12, 24, 16), "DenseNet169": (6, 12, 32, 32), "DenseNet201": (6, 12, 48, 32)}
 _RESNETS = {"ResNet50V1.5": (3, 4, 6, 3)}
 _KERAS_EPSILON, _TORCH_EPSILON = 1.001e-5, 1e-5
 #: Backbones of which PyTorch weights can be converted.

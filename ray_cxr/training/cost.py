@@ -96,7 +96,7 @@ def list_warnings(plan: TrainPlan) -> list[str]:
 
 def count_images(plan: TrainPlan) -> float:
     """Return the images of an epoch; an image of the validation counts as a part, because it costs less."""
-    train = min(len(plan.data.usable("train")), plan.steps_per_epoch * plan.settings.batch_size)
+    train = min(len(plan.data.usable("train")), plan.steps_per_epoch * plan.settings.images_per_step)
     return train + VALIDATION_PART * len(plan.data.usable("val"))
 
 
@@ -144,6 +144,6 @@ def measure_step(data: PreparedSet, settings: TrainSettings, architecture: Archi
     count = int(np.clip(few * MAX_STEP_S / warm, few, settings.batch_size))
     if count > few or function is not compute:
         time_step(function, count)
-    seconds = time_step(function, count) + STEP_S * count / settings.batch_size
+    seconds = time_step(function, count) + STEP_S * count / settings.images_per_step
     rate = Rate(count / seconds, f"measured with {count} of the images")
     return ModelCost(rate, model.count_params(), len(model.layers), len(model.weights))

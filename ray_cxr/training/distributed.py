@@ -44,20 +44,16 @@ class Replicas:
             lambda value: tf.distribute.get_replica_context().all_gather(tf.identity(value)[None], axis=0)
         )
 
-    def compile(self, replicated: Callable[..., Any], local: Callable[[Any], Any] = lambda value: value) -> Any:
-        """Return one graph of two functions: `replicated` gets this worker's tensors, and `local` gets its result.
+    def compile(self, function: Callable[..., Any]) -> Any:
+        """Return the graph of a function that runs in the strategy."""
+        return tf.function(lambda *args: self.run(function, *args), autograph=False)  # tracing is faster without it
 
-        Only `replicated` runs in the strategy and may call `sum`.
-        """
-
-        @tf.function(autograph=False)  # tracing is faster without autograph
-        def run(*args: Any) -> Any:
-            return local(self._strategy.run(replicated, args=args))
-
-        return run
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function in the strategy, within a graph. The function may exchange, but not in a loop of its own."""
+        return self._strategy.run(function, args=args)
 
     def sum(self, values: Sequence[Any]) -> list[Any]:
-        """Return the sum of each tensor over the workers, in one exchange; call it only inside `replicated`."""
+        """Return the sum of each tensor over the workers, in one exchange; call it only inside `run`."""
         if self.count == 1:
             return list(values)
         return list(tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, list(values)))

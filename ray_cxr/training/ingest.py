@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from ray_cxr.data.prepared import SplitData
-from ray_cxr.training.augmentation import draw_random
+from ray_cxr.training.augmentation import draw_random, mix_labels
 
 _T = TypeVar("_T")
 
@@ -44,20 +44,25 @@ def iter_batches(
 
 @dataclass(frozen=True)
 class Batch:
-    """The share of one worker, b images, of a global batch of B images.
+    """One worker's part of a step of the optimizer, which sums the gradients of K global batches (`accumulate`).
+
+    The arrays hold this worker's b images of each global batch, one batch after the other. With `mixup`, the b images
+    of each batch are followed by their b partners in `images` and `draws`.
 
     Attributes:
         step: number in the epoch, from 0.
-        rows: row numbers in the split, of the whole global batch without padding, int64 [<=B].
-        images: uint8 [b,S,S,1].
-        labels: float32 [b,F], 0 for null.
-        weight: float32 [b,F], 1 for labels, 0 for nulls and padding.
-        denominator: number of labels in the whole global batch, at least 1.
-        draws: float32 [b,D], see `augmentation`.
+        rows: row numbers in the split, of all workers' images of the step without padding, int64 [<=K B].
+        batches: number of global batches with images: K, or less at the end of an epoch.
+        images: uint8 [K b,S,S,1], or [2 K b,S,S,1] with `mixup`.
+        labels: float32 [K b,F], 0 for null; mixed with `mixup`.
+        weight: float32 [K b,F], 1 for labels, 0 for nulls and padding.
+        denominator: number of labels in the whole step, at least 1.
+        draws: float32 [K b,D] or [2 K b,D], see `augmentation`.
     """
 
     step: int
     rows: np.ndarray
+    batches: np.int32
     images: np.ndarray
     labels: np.ndarray
     weight: np.ndarray
@@ -69,11 +74,23 @@ class Feed:
     """Read the batches of one split for worker `rank` of `count`.
 
     All workers have equal shares of a global batch of `batch_size` images. If these are not a multiple of `count`, the
-    last shares are padded with images of weight 0, so that the steps stay the same with any number of workers.
+    last shares are padded with images of weight 0, so that the steps stay the same with any number of workers. A step
+    has `accumulate` global batches; `mixup` is the setting.
     """
 
-    def __init__(self, data: SplitData, columns: Sequence[int], batch_size: int, rank: int, count: int) -> None:
+    def __init__(
+        self,
+        data: SplitData,
+        columns: Sequence[int],
+        batch_size: int,
+        rank: int,
+        count: int,
+        *,
+        accumulate: int = 1,
+        mixup: float = 0.0,
+    ) -> None:
         self._data, self._columns, self._batch_size = data, list(columns), batch_size
+        self._accumulate, self._mixup = accumulate, mixup
         share = -(-batch_size // count)
         self._padded = share * count
         self._rows = slice(rank * share, (rank + 1) * share)
@@ -81,21 +98,30 @@ class Feed:
     def prefetch_training(self, seed: int, epoch: int, first: int, last: int) -> Prefetcher[Batch]:
         """Return the batches of steps first..last-1 of an epoch."""
         order = shuffle_epoch(len(self._data), seed, epoch)
-        plan = list(iter_batches(order, self._batch_size, self._padded))[first:last]
+        plan = list(iter_batches(order, self._batch_size * self._accumulate))[first:last]
+        columns = np.arange(self._padded)[self._rows]
+        # Which images of the step are this worker's, [K,b].
+        own = np.arange(self._accumulate)[:, None] * self._batch_size + columns % self._batch_size
+        counts = np.tile(columns < self._batch_size, self._accumulate)[:, None]
 
         def fetch(i: int) -> Batch:
             (rows, real), step = plan[i], first + i
-            labels = self._data.labels[rows][:, self._columns]
-            weight = ((labels >= 0) & real[:, None]).astype(np.float32)
-            draws = draw_random(seed, epoch, step, self._batch_size)
+            values = self._data.labels[rows][:, self._columns]
+            labels = np.maximum(values, 0).astype(np.float32)
+            weight = ((values >= 0) & real[:, None]).astype(np.float32)
+            draws, sources = draw_random(seed, epoch, step, len(rows)), own
+            if self._mixup:
+                labels, weight, partners = mix_labels(labels, weight, draws, real, self._mixup)
+                sources = np.concatenate([own, partners[own]], axis=1)
             return Batch(
                 step=step,
                 rows=rows[real],
-                images=self._data.images[rows[self._rows]][..., None],
-                labels=np.maximum(labels[self._rows], 0).astype(np.float32),
-                weight=weight[self._rows],
+                batches=np.int32(-(-int(real.sum()) // self._batch_size)),
+                images=self._data.images[rows[sources.ravel()]][..., None],
+                labels=labels[own.ravel()],
+                weight=weight[own.ravel()] * counts,
                 denominator=np.float32(max(weight.sum(), 1.0)),
-                draws=np.resize(draws, (self._padded, draws.shape[1]))[self._rows],
+                draws=draws[sources.ravel()],
             )
 
         return Prefetcher(fetch, len(plan))

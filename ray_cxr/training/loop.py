@@ -21,7 +21,7 @@ from ray_cxr.models.architecture import Architecture
 from ray_cxr.models.bundle import WEIGHTS, load_bundle
 from ray_cxr.models.keras_setup import keras, tf
 from ray_cxr.training import schedule
-from ray_cxr.training.augmentation import augment
+from ray_cxr.training.augmentation import augment, mix_images
 from ray_cxr.training.distributed import Replicas
 from ray_cxr.training.ingest import Batch, Feed
 from ray_cxr.training.optimizer import FlatOptimizer
@@ -98,8 +98,9 @@ class Loop:
         self.findings = architecture.findings
         self.columns = [LABELS.index(name) for name in self.findings]
         feed = (self.columns, settings.batch_size, replicas.rank, replicas.count)
-        self._feed, self._val_feed = Feed(train, *feed), Feed(val, *feed)
-        full = math.ceil(len(train) / settings.batch_size)
+        self._feed = Feed(train, *feed, accumulate=settings.accumulate, mixup=settings.mixup)
+        self._val_feed = Feed(val, *feed)
+        full = math.ceil(len(train) / settings.images_per_step)
         self.steps_per_epoch = min(full, settings.steps_per_epoch or full)
         keras.utils.set_random_seed(settings.seed)
         default_policy = keras.config.dtype_policy()
@@ -139,25 +140,50 @@ class Loop:
         self._head_only, self._scheduled_rate = head_only, None
         for layer in self.model.layers:
             # Keras runs a frozen BatchNorm in inference mode, so that its statistics stay unchanged too.
-            layer.trainable = not head_only or layer.name.startswith("head_") or layer.name == "logits"
-        self.optimizer = FlatOptimizer(self.settings, self.model.trainable_variables, float16=self._float16)
+            layer.trainable = not head_only or classifier.is_head(layer)
+        depths = classifier.compute_depths(self.model)
+        weights = [(v, depths[layer.name]) for layer in self.model.layers for v in layer.trainable_variables]
+        rates = [self.settings.layer_decay**depth for _, depth in weights]
+        self.optimizer = FlatOptimizer(self.settings, [v for v, _ in weights], rates, float16=self._float16)
         # Some callbacks use model.optimizer.
         self.model.compile(optimizer=self.optimizer.keras, jit_compile=False, auto_scale_loss=False)
+        self._train_step = self._build_train_step()
+
+    def _build_train_step(self) -> Any:
+        """Return the graph of one step, which takes the arrays of a `Batch` and returns the loss."""
         gradients = self._gradients
         if self.settings.xla:
             gradients = tf.function(gradients, jit_compile=True, autograph=False)
 
-        def sum_gradients(images: Any, labels: Any, weight: Any, denominator: Any, draws: Any, seeds: Any) -> Any:
+        def compute(arrays: Sequence[Any], denominator: Any) -> list[Any]:
+            images, labels, weight, draws = arrays
+            images = augment(images, draws, self.settings)
+            if self.settings.mixup:
+                images = mix_images(images, draws)
+            return gradients(images, labels, weight, denominator)
+
+        def step(images: Any, labels: Any, weight: Any, denominator: Any, draws: Any, seeds: Any, batches: Any) -> Any:
             for generator, seed in zip(self._dropouts, tf.unstack(seeds) if self._dropouts else (), strict=True):
                 generator.state.assign(seed)
-            return self.replicas.sum(gradients(augment(images, draws, self.settings), labels, weight, denominator))
+            arrays, run = (images, labels, weight, draws), self.replicas.run
+            if self.settings.accumulate == 1:
+                loss, *summed = run(lambda *args: self.replicas.sum(compute(args, denominator)), *arrays)
+            else:
+                parts = [tf.reshape(x, [self.settings.accumulate, -1, *x.shape[1:]]) for x in arrays]
 
-        def apply(values: Any) -> Any:
-            loss, *summed = values
+                def add(i: Any, sums: list[Any]) -> tuple[Any, list[Any]]:
+                    own = run(lambda *args: compute(args, denominator), *(x[i] for x in parts))
+                    return i + 1, [x + y for x, y in zip(sums, own, strict=True)]
+
+                # A loop in the graph, so that the graph and its tracing time do not grow.
+                start = [tf.constant(0), [tf.constant(0.0), *self.optimizer.list_zeros()]]
+                _, sums = tf.while_loop(lambda i, _: i < batches, add, start, parallel_iterations=1)
+                # In the strategy, `identity` places the sums on the device, which the exchange needs.
+                loss, *summed = run(lambda *values: self.replicas.sum(list(map(tf.identity, values))), *sums)
             self.optimizer.apply(summed)
             return loss
 
-        self._train_step = self.replicas.compile(sum_gradients, apply)
+        return tf.function(step, autograph=False)
 
     def _gradients(self, images: Any, labels: Any, weight: Any, denominator: Any) -> list[Any]:
         """Return the loss and gradients of this worker's images; their sums over workers are the global batch's."""
@@ -253,7 +279,7 @@ class Loop:
         self._set_rate(epoch, batch.step, scores)
         rng = np.random.default_rng([self.settings.seed, epoch, batch.step, self.replicas.rank, 1])
         seeds = rng.integers(0, 2**32, (len(self._dropouts), 2), dtype=np.uint32)
-        inputs = batch.images, batch.labels, batch.weight, batch.denominator, batch.draws, seeds
+        inputs = batch.images, batch.labels, batch.weight, batch.denominator, batch.draws, seeds, batch.batches
         return self._train_step(*map(tf.constant, inputs))
 
     def _agree_on_variables(self, epoch: int, batch: Batch) -> None:

@@ -23,19 +23,38 @@ NOT_DECAYED = ("bias", "gamma", "beta")
 class FlatOptimizer:
     """The optimizer of one stage of training, for the model's trainable weights.
 
-    With `float16` the loss is scaled, because small gradients would vanish; bfloat16 has the range of float32.
+    `rates` has the factor of the learning rate for each weight, also of its decay. With `float16` the loss is scaled,
+    because small gradients would vanish; bfloat16 has the range of float32.
     """
 
-    def __init__(self, settings: TrainSettings, weights: Sequence[keras.Variable], *, float16: bool = False) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        weights: Sequence[keras.Variable],
+        rates: Sequence[float],
+        *,
+        float16: bool = False,
+    ) -> None:
         self.weights = list(weights)
         has_decay = settings.optimizer == "adamw"
-        names = ["decayed" if has_decay and v.name not in NOT_DECAYED else "plain" for v in self.weights]
-        groups = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names))}
-        self._groups = list(groups.values())
-        self._flats = [keras.Variable(self._flatten(group, self.weights), name=name) for name, group in groups.items()]
+        keys = [
+            (rate, settings.weight_decay if has_decay and v.name not in NOT_DECAYED else 0.0)
+            for v, rate in zip(self.weights, rates, strict=True)
+        ]
+        groups = sorted(set(keys), key=lambda key: (key[0], -key[1]))
+        self._groups = [[i for i, key in enumerate(keys) if key == group] for group in groups]
+        self._flats = [
+            keras.Variable(self._flatten(group, self.weights), name=f"group{number}")
+            for number, group in enumerate(self._groups)
+        ]
         self._inner = _build_optimizer(settings)
+        self._inner.options = {flat.name: group for flat, group in zip(self._flats, groups, strict=True)}
         self.keras = keras.optimizers.LossScaleOptimizer(self._inner) if float16 else self._inner
         self.keras.build(self._flats)
+
+    def list_zeros(self) -> list[Any]:
+        """Return zeros in the shapes of the flat gradients, to which gradients can be added."""
+        return [tf.zeros_like(flat.value) for flat in self._flats]
 
     def flatten(self, gradients: Sequence[Any]) -> list[Any]:
         """Return the flat gradients of each group."""
@@ -78,15 +97,35 @@ class FlatOptimizer:
                 self.weights[i].assign(tf.reshape(part, self.weights[i].shape))
 
 
+class _Grouped:
+    """Adds to a Keras optimizer the factor of the learning rate and the weight decay of each flat vector.
+
+    Keras has one of each for all variables. `options` has them by the variable's name.
+    """
+
+    options: dict[str, tuple[float, float]]
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        factor, decay = self.options[variable.name.rpartition("/")[2].partition(":")[0]]
+        rate = tf.cast(learning_rate, variable.dtype) * factor
+        if decay:
+            variable.assign_sub(variable * decay * rate)
+        super().update_step(gradient, variable, rate)  # type: ignore[misc]
+
+
+class _Adam(_Grouped, keras.optimizers.Adam):
+    """Adam, and with a decay AdamW."""
+
+
+class _SGD(_Grouped, keras.optimizers.SGD):
+    """SGD with momentum."""
+
+
 def _build_optimizer(settings: TrainSettings) -> keras.optimizers.Optimizer:
-    common: dict[str, Any] = {"global_clipnorm": settings.clip_norm}
+    common: dict[str, Any] = {"name": settings.optimizer, "global_clipnorm": settings.clip_norm}
     if settings.ema is not None:
         common |= {"use_ema": True, "ema_momentum": settings.ema, "ema_overwrite_frequency": None}
     rate = settings.learning_rate  # `schedule` replaces it
-    if settings.optimizer == "adamw":
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, **common)
-        optimizer.exclude_from_weight_decay(var_names=["plain"])
-        return optimizer
-    if settings.optimizer == "adam":
-        return keras.optimizers.Adam(rate, **common)
-    return keras.optimizers.SGD(rate, momentum=settings.momentum, nesterov=settings.momentum > 0, **common)
+    if settings.optimizer == "sgd":
+        return _SGD(rate, momentum=settings.momentum, nesterov=settings.momentum > 0, **common)
+    return _Adam(rate, **common)

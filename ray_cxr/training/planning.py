@@ -45,7 +45,7 @@ class TrainPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        steps = math.ceil(len(self.data.usable("train")) / self.settings.batch_size)
+        steps = math.ceil(len(self.data.usable("train")) / self.settings.images_per_step)
         return min(steps, self.settings.steps_per_epoch or steps)
 
     def list_warnings(self) -> list[str]:
@@ -107,7 +107,9 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
     finished = is_written(out / "bundle")
     started = finished or has_checkpoint(out)
     if started or read_settings(out).get("kind") != "train":  # a run without a checkpoint does not bind its folder
-        check_run(out, run_settings)
+        # A run of an earlier version lacks the settings that were added since.
+        defaults = {f"train.{name}": value for name, value in TrainSettings().model_dump(mode="json").items()}
+        check_run(out, run_settings, defaults=defaults)
     bundle = load_bundle(out / "bundle") if finished else None
     if bundle is not None and (epochs := bundle.info["provenance"]["settings"].get("epochs")) != settings.epochs:
         raise ConfigError(f"{out}: is finished with epochs={epochs}; choose another --out for epochs={settings.epochs}")

@@ -64,7 +64,7 @@ def run(config: dict[str, Any]) -> None:
         if isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError":
             cause = RayCxrError(
                 f"out of memory with batch_size={settings['batch_size']} over {settings['workers']} workers and images "
-                f"of {settings['size']} pixels; lower one of them, or use more workers"
+                f"of {settings['size']} pixels; lower one of them (accumulate keeps the size of a step), or add workers"
             )
         context = ray.train.get_context()
         rank, workers = context.get_world_rank(), context.get_world_size()
@@ -239,8 +239,8 @@ class RunRecorder:
             self._start["times"]["first step"] = time.time()
             atomic.write_json(self._out / STARTED, self._start)
         now = time.monotonic()
-        batch_size = self._loop.settings.batch_size
-        images = min(batch_size, len(self._loop.train) - (step - 1) * batch_size)  # the last step has fewer
+        whole = self._loop.settings.images_per_step
+        images = min(whole, len(self._loop.train) - (step - 1) * whole)  # the last step has fewer
         telemetry.add(telemetry.IMAGES_TRAINED, images, self._out.name)
         telemetry.add(telemetry.TRAIN_STEPS, 1, self._out.name)
         telemetry.add(telemetry.TRAIN_STEP_SECONDS, now - self._step_at, self._out.name)

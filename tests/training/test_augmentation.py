@@ -13,13 +13,16 @@ from scipy import ndimage
 
 from ray_cxr.config import TrainSettings
 from ray_cxr.training import augmentation
-from ray_cxr.training.augmentation import DRAWS, augment, draw_random
+from ray_cxr.training.augmentation import DRAWS, KINDS, augment, draw_random, mix_images, mix_labels
 
 #: Draws that change nothing; `flip` mirrors below 1/2.
-STILL = {"flip": 0.9, "shift_x": 0.5, "shift_y": 0.5, "contrast": 0.5, "rotation": 0.5, "zoom": 0.5}
+STILL = {"flip": 0.9, **dict.fromkeys(("shift_x", "shift_y", "contrast", "rotation", "zoom", "shear"), 0.5)}
+STILL |= {f"{option}_{name}": 0.5 for option in ("crop", "erase") for name in ("ratio", "x", "y")}
+STILL |= {"crop_area": 0.0, "erase_area": 0.5, "noise": 0.0}
 COLUMNS = {name: getattr(augmentation, name.upper()) for name in STILL}
 OFF: dict[str, Any] = {"flip": False, "shift": 0.0, "contrast": 0.0, "rotation": 0.0, "zoom": 0.0}
 ALL_ON: dict[str, Any] = {"flip": True, "shift": 0.1, "contrast": 0.5, "rotation": 20.0, "zoom": 0.3}
+ALL_ON |= {"shear": 10.0, "crop": 0.5, "erase": 0.3}
 #: The draw of the largest change upwards; `draws` stays below 1, by less than a float32 shows in a pixel.
 MOST = 1.0
 
@@ -29,6 +32,10 @@ def change(image: np.ndarray, options: dict[str, Any], **values: float) -> np.nd
     row = np.zeros((1, DRAWS), np.float32)
     for name, value in {**STILL, **values}.items():
         row[0, COLUMNS[name]] = value
+    return apply(image, options, row)
+
+
+def apply(image: np.ndarray, options: dict[str, Any], row: np.ndarray) -> np.ndarray:
     out = augment(tf.constant(image[None, :, :, None]), row, TrainSettings(**{**OFF, **options}))
     assert (out.dtype, out.shape) == (tf.uint8, (1, *image.shape, 1))
     return out.numpy()[0, :, :, 0]
@@ -62,7 +69,10 @@ def test_draws_are_a_function_of_seed_epoch_and_step(monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     # They are uniform and independent.
     many = draw_random(0, 0, 0, 20_000)
-    assert (many.shape, many.dtype, sorted(COLUMNS.values())) == ((20_000, DRAWS), np.float32, list(range(DRAWS)))
+    assert (many.shape, many.dtype) == ((20_000, DRAWS), np.float32)
+    kinds = [start + i for start in (augmentation.CHOICE, augmentation.STRENGTH) for i in range(len(KINDS))]
+    columns = [*COLUMNS.values(), augmentation.PARTNER, augmentation.SHARE, *kinds]
+    assert sorted(columns) == list(range(DRAWS)), "two options share a column"
     assert 0.0 <= many.min() < many.max() < 1.0
     np.testing.assert_allclose(many.mean(axis=0), 0.5, atol=0.01)
     np.testing.assert_allclose(many.var(axis=0), 1 / 12, atol=0.003)
@@ -110,10 +120,95 @@ def test_rotation_is_counter_clockwise_and_zoom_about_the_centre(draw: float, pa
     assert centre_of_mass(out) == pytest.approx((0, 0), abs=0.02)
 
 
+@pytest.mark.parametrize("side", [64, 65])
+def test_shear_moves_rows_by_their_height_and_crop_magnifies_a_window(side: int) -> None:
+    centre = (side - 1) / 2
+    for right, down in ((3.0, 12.0), (-5.0, -9.0)):
+        sheared = change(dot(side, centre + down, centre + right), {"shear": 20.0}, shear=MOST)
+        expected = right - down * math.tan(math.radians(20.0)), down
+        assert centre_of_mass(sheared) == pytest.approx(expected, abs=0.1)
+    # The top left quarter of the area, and a window of 3/4 of the height of a square one at the bottom.
+    corner = dot(side, centre - side / 4 + 2, centre - side / 4)
+    out = change(corner, {"crop": 0.75}, crop_area=MOST, crop_x=0.0, crop_y=0.0)
+    assert centre_of_mass(out) == pytest.approx((0, 4), abs=0.1)
+    assert out.astype(float).sum() == pytest.approx(corner.astype(float).sum() * 4, rel=0.02)
+    height, width = 0.5 / math.sqrt(4 / 3), 0.5 * math.sqrt(4 / 3)
+    down = side * (1 - height) / 2
+    out = change(dot(side, centre + down + 2, centre + 3), {"crop": 0.75}, crop_area=MOST, crop_ratio=MOST, crop_y=MOST)
+    assert centre_of_mass(out) == pytest.approx((3 / width, 2 / height), abs=0.1)
+
+
+def test_erasing_fills_a_rectangle_with_the_mean_in_half_of_the_images() -> None:
+    image, expected = noise(), noise()
+    expected[16:, :16] = round(image.mean())
+    np.testing.assert_array_equal(change(image, {"erase": 0.25}, erase_area=MOST, erase_x=0.0, erase_y=MOST), expected)
+    np.testing.assert_array_equal(change(image, {"erase": 0.25}, erase_area=0.49), image)
+    tall = change(image, {"erase": 0.25}, erase_area=MOST, erase_ratio=0.0) == round(image.mean())
+    assert (tall.sum(axis=0) > 20).sum() == 10, "a third as wide as high"
+
+
+def change_gray(image: np.ndarray, amounts: dict[str, float], count: int | None = None) -> np.ndarray:
+    """Apply kinds of `intensity` with their draws at full strength; those named first are chosen first."""
+    row = np.full((1, DRAWS), 0.5, np.float32)
+    row[0, augmentation.CHOICE : augmentation.CHOICE + len(KINDS)] = 0.9
+    for order, (kind, value) in enumerate(amounts.items()):
+        row[0, augmentation.CHOICE + KINDS.index(kind)] = order / 10
+        row[0, augmentation.STRENGTH + KINDS.index(kind)] = value
+    return apply(image, {"intensity": count or len(amounts), "intensity_strength": 1.0}, row)
+
+
+def test_each_kind_of_intensity_is_its_formula() -> None:
+    image = np.clip(noise(64), 70, 180).astype(np.uint8)
+    x = image.astype(float)
+    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    smooth = ndimage.convolve(x, kernel, mode="reflect")
+    halves = np.repeat([[50, 200]], 32, axis=1).repeat(64, axis=0).astype(np.uint8)
+    cases = [
+        ("brightness", image, 1.0, x + 64),
+        ("brightness", image, 0.25, x - 32),
+        ("contrast", image, 1.0, x.mean() + (x - x.mean()) * 2),
+        ("gamma", image, 1.0, 255 * (x / 255) ** 2),
+        ("gamma", image, 0.0, 255 * (x / 255) ** 0.5),
+        ("equalise", halves, 1.0, np.where(halves == 50, (50 + 127.5) / 2, (200 + 255) / 2)),
+        ("posterise", image, 1.0, np.round(x / 16) * 16),
+        ("blur", image, 1.0, smooth),
+        ("sharpen", image, 0.5, x + (x - smooth)),
+    ]
+    for kind, given, draw, expected in cases:
+        out = change_gray(given, {kind: draw}).astype(float)
+        assert np.abs(out - np.clip(expected, 0, 255)).max() <= 0.51, (kind, draw)
+    flat = np.full((64, 64), 128, np.uint8)
+    noisy = change_gray(flat, {"noise": 1.0}).astype(float)
+    assert (abs(noisy.mean() - 128) < 0.5, abs(noisy.std() - 10) < 0.5) == (True, True)
+    both = {"brightness": 1.0, "posterise": 1.0}
+    np.testing.assert_array_equal(change_gray(flat, both, 1), flat + 64)
+    np.testing.assert_array_equal(change_gray(flat + 4, both, 2), flat + 64)
+
+
+def test_mixup_by_hand() -> None:
+    """Each image has its own share; a finding counts only where both images are labelled."""
+    draws = np.zeros((3, DRAWS), np.float32)
+    draws[:, augmentation.PARTNER], draws[:, augmentation.SHARE] = [0.9, 0.1, 0.5], [0.25, 0.5, 0.75]
+    labels, weight = np.float32([[1, 0], [0, 1], [0, 0]]), np.float32([[1, 0], [1, 1], [0, 0]])
+    real = np.array([True, True, False])  # the last is padding
+    mixed, weights, partners = mix_labels(labels, weight, draws, real, 1.0)  # Beta(1, 1) is uniform
+    assert partners[:2].tolist() == [1, 0]
+    np.testing.assert_allclose(mixed[:2], [[0.25, 0.75], [0.5, 0.5]])
+    np.testing.assert_array_equal(weights, [[1, 0], [1, 0], [0, 0]])
+    images = np.full((4, 2, 2, 1), 100, np.uint8)
+    images[1:3] = 200
+    out = mix_images(tf.constant(images), tf.constant(np.concatenate([draws[:2], draws[:2][::-1]])))
+    assert out.dtype == tf.uint8
+    assert out.numpy()[:, 0, 0, 0].tolist() == [175, 150]
+    draws = draw_random(0, 0, 0, 4000)
+    mix_labels(np.zeros((4000, 1)), np.ones((4000, 1)), draws, np.ones(4000, bool), 0.2)
+    assert np.var(draws[:, augmentation.SHARE]) == pytest.approx(0.25 / 1.4, rel=0.05)  # that of Beta(0.2, 0.2)
+
+
 def test_pixels_from_outside_repeat_the_edge() -> None:
     image = np.full((32, 32), 90, np.uint8)
     for options in ({"rotation": 45.0}, {"zoom": 0.5}, {"shift": 0.5}, ALL_ON):
-        out = change(image, options, rotation=MOST, zoom=0.0, shift_x=0.0, shift_y=MOST)
+        out = change(image, options, rotation=MOST, zoom=0.0, shift_x=0.0, shift_y=MOST, shear=0.0)
         assert (out == 90).all(), options
 
 
@@ -130,7 +225,7 @@ def test_contrast_spreads_about_the_mean_of_the_image(draw: float, gain: float) 
 
 def test_shares_of_a_batch_and_graphs_give_the_same_images() -> None:
     images = np.stack([noise(seed=seed) for seed in range(8)])[..., None]
-    numbers, settings = draw_random(1, 2, 3, 8), TrainSettings(**ALL_ON)
+    numbers, settings = draw_random(1, 2, 3, 8), TrainSettings(**ALL_ON, intensity=3)
     whole = augment(tf.constant(images), tf.constant(numbers), settings).numpy()
     assert len({image.tobytes() for image in (*whole, *images)}) == 16
     shares = zip(np.split(images, 4), np.split(numbers, 4), strict=True)

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from workers import split
 
@@ -23,22 +23,43 @@ def test_an_epoch_has_every_image_exactly_once(n: int, batch: int, seed: int, ep
     np.testing.assert_array_equal(order, ingest.shuffle_epoch(n, seed, epoch))
 
 
-@given(st.integers(1, 60), st.sampled_from([1, 2, 3, 4]), st.integers(1, 5), st.integers(0, 5))
-def test_shares_of_the_workers_make_the_global_batch(n: int, count: int, share: int, seed: int) -> None:
-    """Images, labels, weights and draws of all workers together are those of one worker with the whole batch."""
+@pytest.mark.parametrize(("accumulate", "mixup"), [(1, 0.0), (3, 0.0), (1, 0.4), (2, 0.4)])
+@given(n=st.integers(1, 60), count=st.sampled_from([1, 2, 3, 4]), share=st.integers(1, 5), seed=st.integers(0, 5))
+@settings(max_examples=20)
+def test_shares_of_the_workers_make_the_global_batch(
+    accumulate: int, mixup: float, n: int, count: int, share: int, seed: int
+) -> None:
+    """Images, labels, weights and draws of all workers together are those of one worker with the whole batches."""
     data, batch = split(n, size=4), share * count
-    whole = list(ingest.Feed(data, range(14), batch, 0, 1).prefetch_training(seed, 3, 0, 10**6))
-    parts = [
-        list(ingest.Feed(data, range(14), batch, rank, count).prefetch_training(seed, 3, 0, 10**6))
-        for rank in range(count)
-    ]
+
+    def read(rank: int, workers: int) -> list[ingest.Batch]:
+        feed = ingest.Feed(data, range(14), batch, rank, workers, accumulate=accumulate, mixup=mixup)
+        return list(feed.prefetch_training(seed, 3, 0, 10**6))
+
+    def join(parts: list[np.ndarray], per_batch: int) -> np.ndarray:
+        split_parts = [part.reshape(accumulate, per_batch, -1, *part.shape[1:]) for part in parts]
+        return np.concatenate(split_parts, axis=2).reshape(-1, *parts[0].shape[1:])
+
+    whole, parts = read(0, 1), [read(rank, count) for rank in range(count)]
+    assert sorted(row for step in whole for row in step.rows) == list(range(n))
     for step, expected in enumerate(whole):
         for name in ("images", "labels", "weight", "draws"):
-            together = np.concatenate([getattr(part[step], name) for part in parts])
+            per_batch = 2 if mixup and name in ("images", "draws") else 1
+            together = join([getattr(part[step], name) for part in parts], per_batch)
             np.testing.assert_array_equal(together, getattr(expected, name))
         for part in parts:
-            assert part[step].denominator == expected.denominator
+            assert (part[step].denominator, part[step].batches) == (expected.denominator, expected.batches)
             np.testing.assert_array_equal(part[step].rows, expected.rows)
+        assert expected.batches == -(-len(expected.rows) // batch)
+        labelled = expected.weight.any(axis=1)
+        own = expected.images if not mixup else expected.images.reshape(accumulate, 2, batch, 4, 4, 1)[:, 0]
+        own = own.reshape(-1, 4, 4)[labelled]
+        assert {image.tobytes() for image in own} <= {data.images.pixels[row].tobytes() for row in expected.rows}
+        if not mixup:
+            values = data.labels[expected.rows][:, :14]
+            np.testing.assert_array_equal(expected.weight[: len(values)], values >= 0)
+            np.testing.assert_array_equal(expected.labels[: len(values)], values == 1)
+            assert expected.weight.sum() == (values >= 0).sum()
 
 
 def test_a_resumed_epoch_continues_with_the_same_batches_and_others_differ() -> None:

@@ -33,6 +33,14 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"schedule": "cosine", "epochs": 1}, {}),
     ({"flip": True}, {}),
     ({"contrast": 0.5}, {}),
+    ({"shear": 10.0}, {}),
+    ({"crop": 0.5}, {}),
+    ({"erase": 0.3}, {}),
+    ({"intensity": 2}, {}),
+    ({"intensity": 2, "intensity_strength": 1.0}, {"intensity": 2}),
+    ({"mixup": 0.5}, {}),
+    ({"accumulate": 2}, {}),
+    ({"layer_decay": 0.5}, {}),
     ({"dropout": 0.5}, {}),
     ({"seed": 7}, {}),
     ({"loss": "bce"}, {"loss": "weighted_bce"}),
@@ -119,6 +127,39 @@ def test_every_label_counts_once_and_nulls_and_padding_never(monkeypatch) -> Non
     assert positives == (item.train.labels[:, :14] == 1).sum()
 
 
+def test_accumulated_batches_are_one_large_batch(eager) -> None:
+    """With a frozen BatchNorm, which sees single batches, the step is that of a batch of their total size."""
+    options = SGD | {"frozen_epochs": 1, "dense": (8,), "shift": 0.1, "mixup": 0.5, "learning_rate": 0.1}
+    items = [make(29, 4, batch_size=size, accumulate=count, **options) for size, count in ((16, 1), (4, 4))]
+    for item in items:
+        assert item.steps_per_epoch == 2
+        train(item, 1)
+    one, other = map(weights, items)
+    for name, value in one.items():
+        np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_batches_without_images_do_not_run(eager) -> None:
+    """Only so many batches as hold the last images change BatchNorm's statistics."""
+    one, other = (make(7, 4, batch_size=4, accumulate=count) for count in (2, 5))
+    for item in (one, other):
+        train(item, 1)
+    assert_equal(weights(other), weights(one))
+
+
+@pytest.mark.parametrize("options", [SGD, ADAMW | {"weight_decay": 0.5}], ids=["sgd", "adamw"])
+def test_layer_decay_is_a_rate_for_each_stage(options: dict[str, Any], eager) -> None:
+    options = options | {"learning_rate": 0.1}
+    start, steps = weights(make(8, 4, **options)), []
+    for decay in (1.0, 0.5):
+        item = make(8, 4, layer_decay=decay, **options)
+        train(item, 1)
+        steps.append({name: value - start[name] for name, value in weights(item).items() if name.startswith("model ")})
+    for depth, name in enumerate(("logits/kernel", *(f"tiny_conv{i}/kernel" for i in (3, 2, 1, 0)))):
+        plain, decayed = (step[f"model {name}"] for step in steps)
+        np.testing.assert_allclose(decayed, plain * 0.5**depth, rtol=1e-3, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.slow
 def test_learns_and_validates_every_image_once() -> None:
     item = make(64, 13, learning_rate=0.01, findings=("Mass", "Effusion"))
@@ -133,6 +174,7 @@ def test_learns_and_validates_every_image_once() -> None:
 #: Everything that has a state or is drawn at random: both stages, dropout, EMA, a schedule, augmentation.
 STAGES: dict[str, Any] = {"warmup_epochs": 1, "schedule": "plateau", "epochs": 4, "frozen_epochs": 1}
 EVERYTHING = STAGES | {"dropout": 0.4, "dense": (8,), "ema": 0.8, "shift": 0.1, "rotation": 5.0, "n_train": 29}
+EVERYTHING |= {"batch_size": 4, "accumulate": 2, "mixup": 0.4, "layer_decay": 0.7}
 
 
 @functools.cache

@@ -30,11 +30,12 @@ from ray_cxr import cluster
 from ray_cxr.cli import main
 from ray_cxr.config import DEFAULT_RULE, TrainSettings, build
 from ray_cxr.data.prepared import PreparedSet
-from ray_cxr.errors import LeakError, RayCxrError, TableError
+from ray_cxr.errors import LeakError, OutputError, RayCxrError, TableError
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import importing, runtime
 from ray_cxr.models.bundle_writer import derive_bundle
 from ray_cxr.ray_api import CHECKPOINT_LIST
+from ray_cxr.storage.run_folder import create_run
 from ray_cxr.training import planning, trainer
 from ray_cxr.training.checkpoints import find_best_checkpoint
 from ray_cxr.training.export import export_bundle
@@ -179,6 +180,31 @@ def replace_ray_train() -> Iterator[list[str]]:
 def local_train() -> Iterator[None]:
     with replace_ray_train():
         yield
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_train")
+@pytest.mark.parametrize("backbone", ["DenseNet201", "EfficientNetV2S", "ConvNeXtTiny"])
+def test_large_backbones_are_trained_scored_explained_and_exported(
+    backbone: str, prepared: Path, manifest: Path, tmp_path: Path, command
+) -> None:
+    """With every option of training, through the commands that read a bundle."""
+    options: dict[str, Any] = {"backbone": backbone, "epochs": 1, "accumulate": 2, "layer_decay": 0.8, "mixup": 0.2}
+    options |= {"intensity": 2, "crop": 0.3, "erase": 0.1, "shear": 5.0, "optimizer": "adamw", "ema": 0.5}
+    assert command(*training_arguments(prepared, tmp_path / "run", **options))[0] == 0
+    bundle = ray_cxr.load_bundle(tmp_path / "run" / "bundle")
+    model = bundle.model()
+    images = np.asarray(PreparedSet(prepared, 64).load("val").images)
+    expected = np.asarray(model(images[..., None], training=False))
+    score = ["score", bundle.path, "--out", tmp_path / "scores", "--precision", "fp32", "--heatmaps", 2]
+    assert command(*score, "--manifest", manifest)[0] == 0
+    rows = pq.read_table(tmp_path / "scores" / "scores").to_pandas().set_index("image_id")
+    rows = rows.loc[PreparedSet(prepared, 64).load("val").image_ids, [f"p_{name}" for name in FINDINGS]]
+    np.testing.assert_allclose(rows.to_numpy(), expected, atol=1e-4)
+    maps = pd.concat(map(pd.read_parquet, (tmp_path / "scores" / "heatmaps").glob("*.parquet")))
+    assert set(maps["height"].dropna()) == {2}
+    assert command("export-onnx", bundle.path, "--out", tmp_path / "m.onnx")[0] == 0
 
 
 RULES = {"findings": 15, "calibration": "temperature", "operating_point": "specificity=0.8"}
@@ -404,6 +430,18 @@ def test_validation_images_that_trained_the_starting_bundle_are_refused(prepared
         refuse(images[0], None, "train")
     with pytest.raises(LeakError, match=f"{patients.count(patients[0])} of"):
         refuse("other.png", patients[0], "train")
+
+
+def test_a_run_of_an_earlier_version_continues_with_the_defaults(prepared: Path, tmp_path: Path) -> None:
+    settings = TrainSettings(size=64, weights="none")
+    stored = planning.plan_training(prepared, tmp_path, settings).run_settings
+    assert stored["train"].pop("accumulate") == 1
+    create_run(tmp_path, stored)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / CHECKPOINT_LIST).touch()
+    assert planning.plan_training(prepared, tmp_path, settings).started
+    with pytest.raises(OutputError, match=r"accumulate 1 \(now 2\); "):
+        planning.plan_training(prepared, tmp_path, settings.replace(accumulate=2))
 
 
 def test_a_validation_split_without_labels_is_refused(prepared: Path, tmp_path: Path, monkeypatch) -> None:

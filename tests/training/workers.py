@@ -110,8 +110,9 @@ def padded() -> dict[str, np.ndarray]:
 
 
 def clipped() -> dict[str, np.ndarray]:
-    """Clip the norm of the global gradient."""
-    item = make(16, 4, clip_norm=0.01, **SGD)
+    """Clip the norm of the gradient of two batches; images are mixed and changed, the last batch has one image."""
+    changes = {"mixup": 0.4, "intensity": 3, "crop": 0.3, "shear": 5.0, "erase": 0.2}
+    item = make(21, 4, clip_norm=0.01, batch_size=4, accumulate=2, layer_decay=0.7, **changes, **SGD)
     train(item, 1)
     return weights(item)
 
