@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rich.table import Table
 
-from ray_cxr import config, costs
+from ray_cxr import config, costs, environment
 from ray_cxr.cli.arguments import add_command, add_settings, any_address, local_output, override_settings
 from ray_cxr.cli.next_step import IMAGES, place_next_to, print_next
 from ray_cxr.cli.output import explain_write_errors, print_line, print_table, print_warnings
@@ -55,10 +55,11 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     with Stage("checking the model", in_log=False):
         from ray_cxr.scoring.benchmark import BenchmarkRequest, run_benchmark
 
+    environment.prepare_for_ray()  # which counts the CPUs, as for score
     request = BenchmarkRequest(
         model=arguments.bundle,
         settings=override_settings(settings.score, arguments, "precision"),
-        cpus=costs.count_cpus(settings.ray.num_cpus),
+        cpus=settings.ray.num_cpus or environment.count_cpus(),
         images=arguments.images,
         use_gpu=arguments.gpu,
         seconds=arguments.seconds,

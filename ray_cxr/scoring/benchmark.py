@@ -181,6 +181,7 @@ class Benchmark:
 
     Attributes:
         load: load average of the last minute before the start.
+        cpus: number of CPUs that were used.
         refused: reason by precision that was not measured.
         actors, cpus_per_actor, batch_size: as `score` chooses them.
     """
@@ -196,6 +197,7 @@ class Benchmark:
     batch_size: int
     refused: dict[str, str]
     measurements: list[Measurement]
+    versions: dict[str, str]
 
     def find(self, part: str, precision: str | None = None) -> Measurement:
         return next(found for found in self.measurements if (found.part, found.precision) == (part, precision))
@@ -228,15 +230,16 @@ class Benchmark:
         gpu = f", {device['gpus']} x {device['gpu']}" if device["gpu"] else ""
         size = "" if source.mean_bytes is None else f", {costs.format_size(source.mean_bytes)} each"
         unread = ", ".join(f"{code} {n}" for code, n in source.failures.items())
-        used = f"{count_of(self.actors, 'actor')} with {count_of(self.cpus_per_actor, 'decoder')}"
-        rounds = self.measurements[0].rates
+        used = f"{count_of(self.actors, 'actor')}, {count_of(self.cpus_per_actor, 'decoder')} per actor"
+        used += f", on {count_of(self.cpus, 'CPU')}{' and one GPU' if self.use_gpu else ''}"
+        names = ("ray-cxr", "python", "tensorflow" if self.use_gpu else "openvino")
         return [
             f"machine: {device['cpu']}, {count_of(device['cores'], 'core')}, "
             f"{costs.format_size(device['memory_bytes'])} of memory{gpu}, {device['system']}",
+            f"versions: {', '.join(f'{name} {self.versions[name]}' for name in names)}",
             f"model: {self.model['backbone']} at {self.model['size']} pixels",
             f"images: {source.images} from {source.origin}{size}" + (f"; not read: {unread}" if unread else ""),
-            f"measured: {used}, batches of {self.batch_size}{', one GPU' if self.use_gpu else ''}, "
-            f"{len(rounds)} rounds per part",
+            f"measured: {used}, batches of {self.batch_size}, {len(self.measurements[0].rates)} rounds per part",
             *(f"{precision}: not measured: {reason}" for precision, reason in self.refused.items()),
         ]
 
@@ -273,7 +276,6 @@ class Benchmark:
             "count": count,
             "limits": {precision: self.find_limit(precision) for precision in precisions},
             "measurements": [found.to_record(count) for found in self.measurements],
-            "versions": {**versions(), "openvino": runtime.import_openvino().__version__},
         }
 
 
@@ -327,6 +329,7 @@ def run_benchmark(request: BenchmarkRequest) -> Benchmark:
         batch_size=_choose_batch(request),
         refused=refused,
         measurements=[measured for _, measured in parts],
+        versions={**versions(), "openvino": runtime.import_openvino().__version__},
     )
 
 

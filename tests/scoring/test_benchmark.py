@@ -108,7 +108,7 @@ def make_result(decode: float, model: float, *, use_gpu: bool) -> Benchmark:
     ]
     device = {"cpu": "", "cores": 4, "memory_bytes": 1, "gpu": None, "gpus": 0, "system": ""}
     source = ImageSource("", DIFFERENT, None, {})
-    return Benchmark(device, {}, source, 4.0, 4, use_gpu, 1, 4, 4, {}, measurements)
+    return Benchmark(device, {}, source, 4.0, 4, use_gpu, 1, 4, 4, {}, measurements, {})
 
 
 @pytest.mark.parametrize("use_gpu", [False, True])
