@@ -445,7 +445,7 @@ class ScoreSettings(Settings):
         None, ge=1, le=4096, description="images per forward pass; null: 4 on CPUs, whose caches hold them, 64 on GPUs"
     )
     rows_per_file: int = Field(
-        256, ge=1, le=1_000_000, description="rows per output file; a kill loses up to two files' work per actor"
+        256, ge=1, le=1_000_000, description="rows per output file; a kill loses up to 2 files per actor, 4 with --gpu"
     )
     cpus_per_actor: int | None = Field(None, ge=1, description="null: up to 4, and at most a node's")
     decode: Literal["auto", "inside", "apart"] = Field(
@@ -453,6 +453,9 @@ class ScoreSettings(Settings):
     )
     decode_timeout_s: float = Field(
         60.0, gt=0.0, le=86_400, description="a file that takes longer gets the error code decode_timeout"
+    )
+    jit_compile: bool = Field(
+        False, description="with --gpu: compile the model with XLA when an actor starts; see docs/scoring.md"
     )
     tta: int = Field(
         1,

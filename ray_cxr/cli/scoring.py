@@ -106,6 +106,8 @@ def _score(arguments: argparse.Namespace) -> None:
             f"{what.format(report.scored_now)} in {report.seconds:.0f} s "
             f"({report.images_per_second:.1f} images/s, start-up included)"
         )
+    if (waits := report.describe_waits()) is not None:
+        print_line(waits)
     temporary = sum(report.counts[code] for code in RETRYABLE_CODES)
     if temporary and arguments.prepared is None:
         print_line(f"{temporary:,} rows have errors that can pass; to read these images again, add --retry-errors")

@@ -164,12 +164,15 @@ class Bundle:
         curves = json.loads((self.path / "curves.json").read_text(encoding="utf-8"))
         return {"digest": self.digest, **self.info, "curves": curves}
 
-    def open_runtime(self, precision: str, *, batch_size: int, threads: int, gpu: bool = False) -> runtime.Runtime:
+    def open_runtime(
+        self, precision: str, *, batch_size: int, threads: int, gpu: bool = False, jit_compile: bool = False
+    ) -> runtime.ThreadedRuntime:
         """Open the model for scoring; it passes `check_golden` before it is returned.
 
         Args:
             precision: a result of `choose_precision`.
             threads: maximum number of CPU threads.
+            jit_compile: compile a Keras model with XLA.
 
         Raises:
             ConfigError: this machine does not support the precision, or has no GPU.
@@ -179,12 +182,12 @@ class Bundle:
             if precision == "bf16" and not runtime.cpu_has_bf16():
                 raise ConfigError("the run uses bf16, which this node's CPU does not support; use --precision fp32")
             graph = self.path / runtime.graph_file(precision)
-            opened: runtime.Runtime = runtime.OpenVinoRuntime(graph, precision, batch_size, threads)
+            opened: runtime.ThreadedRuntime = runtime.OpenVinoRuntime(graph, precision, batch_size, threads)
         else:
             if not gpu and "keras" not in sys.modules:
                 runtime.limit_threads(threads)
             policy = runtime.prepare_gpu(precision) if gpu else "float32"
-            opened = runtime.KerasRuntime(self.model(policy=policy), batch_size)
+            opened = runtime.KerasRuntime(self.model(policy=policy), batch_size, jit_compile=jit_compile)
         self.check_golden(opened, precision)
         return opened
 

@@ -13,16 +13,17 @@ import os
 import queue
 import sys
 import threading
+import time
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ray_cxr.errors import BundleError, ConfigError
+from ray_cxr.errors import BundleError, ConfigError, RayCxrError
 
 if TYPE_CHECKING:
     from ray_cxr.models.keras_setup import keras
@@ -161,10 +162,101 @@ def open_arrays(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
         raise BundleError(f"{path}: damaged ({summarize_error(error)}); copy the bundle again") from None
 
 
+class Usage(NamedTuple):
+    """Seconds of a model's work, and of the time in which it waited or others waited for it."""
+
+    seconds: float = 0.0  # since the first batch
+    model_wait_s: float = 0.0  # without a batch; with several lanes, their mean
+    reader_wait_s: float = 0.0  # a caller of `submit` waited for a free slot
+
+    def plus(self, other: Usage) -> Usage:
+        return Usage(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def shares(self) -> dict[str, float]:
+        """Return both waits as shares of the time, 0 to 1; {} if no batch ran."""
+        waits = {"model_waited_for_images": self.model_wait_s, "images_waited_for_model": self.reader_wait_s}
+        return {name: wait / self.seconds for name, wait in waits.items()} if self.seconds else {}
+
+
+class UsageMeter:
+    """Measures a model that runs at most `lanes` batches at the same time; thread-safe."""
+
+    def __init__(self, lanes: int) -> None:
+        self._lock, self._lanes = threading.Lock(), lanes
+        self._running = self._waiting = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the measured time; the next batch starts the clock."""
+        self._total, self._updated_at = Usage(), 0.0
+
+    def add(self, *, running: int = 0, waiting: int = 0) -> None:
+        """Change the number of batches that run, and of callers that wait."""
+        with self._lock:
+            self._update()
+            self._running += running
+            self._waiting += waiting
+
+    def take(self) -> Usage:
+        """Return the usage since the previous call, or since the first batch."""
+        with self._lock:
+            if self._updated_at:
+                self._update()
+            total, self._total = self._total, Usage()
+            return total
+
+    def _update(self) -> None:
+        now = time.monotonic()
+        passed = now - self._updated_at if self._updated_at else 0.0
+        idle = passed * max(0, self._lanes - self._running) / self._lanes
+        blocked = passed if self._waiting else 0.0
+        self._total = self._total.plus(Usage(passed, idle, blocked))
+        self._updated_at = now
+
+
+class ThreadedRuntime(Runtime):
+    """A runtime with several batches in flight: each has one of the `slots`, and a thread that waits for its results.
+
+    `close` ends the threads; they also end when nothing refers to the runtime.
+    """
+
+    def __init__(self, slots: Iterable[Any], lanes: int) -> None:
+        self.usage = UsageMeter(lanes)
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for slot in slots:
+            self._idle.put(slot)
+        self._pool = ThreadPoolExecutor(self._idle.qsize(), thread_name_prefix="model")
+
+    def close(self) -> None:
+        """Wait for the batches in flight and end the threads; later calls of `submit` raise RuntimeError."""
+        self._pool.shutdown()
+
+    def _submit_batch(self, batch: np.ndarray, n: int) -> Future[Outputs]:
+        try:
+            slot = self._idle.get_nowait()
+        except queue.Empty:
+            self.usage.add(waiting=1)
+            slot = self._idle.get()
+            self.usage.add(waiting=-1)
+        return self._pool.submit(self._run, slot, batch, n)
+
+    def _run(self, slot: Any, batch: np.ndarray, n: int) -> Outputs:
+        self.usage.add(running=1)
+        try:
+            return self._compute(slot, batch, n)
+        finally:
+            self.usage.add(running=-1)
+            self._idle.put(slot)
+
+    @abstractmethod
+    def _compute(self, slot: Any, batch: np.ndarray, n: int) -> Outputs:
+        """Return the first n results of a padded batch, in a thread of the pool."""
+
+
 _FIRST_ACCESS = threading.Lock()
 
 
-class OpenVinoRuntime(Runtime):
+class OpenVinoRuntime(ThreadedRuntime):
     """An OpenVINO graph (`.xml`, with its `.bin` next to it) on CPU threads, with several batches in flight.
 
     Each thread is one stream, which runs one batch at a time.
@@ -193,7 +285,6 @@ class OpenVinoRuntime(Runtime):
         self.batch_shape = (batch_size, size, size, 1)
         self._outputs, self.has_spread = (*OUTPUTS, SPREAD) if has_spread else OUTPUTS, has_spread
         # One more request than streams, so that a stream never waits for its next batch.
-        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
         requests = [compiled.create_infer_request() for _ in range(threads + 1)]
         # The first access to an element type, or to a tensor's data, fills a table in OpenVINO's C++. Two threads that
         # do so at the same time can deadlock: each holds either the table's lock or Python's and waits for the other.
@@ -201,40 +292,64 @@ class OpenVinoRuntime(Runtime):
             compiled.input(0).get_element_type().to_dtype()
             for name in self._outputs:
                 requests[0].get_tensor(name).data  # noqa: B018
-        for request in requests:
-            self._idle.put(request)
         # One waiting thread per request. OpenVINO's AsyncInferQueue does not report failed batches and is never freed.
-        self._pool = ThreadPoolExecutor(threads + 1, thread_name_prefix="openvino")
+        super().__init__(requests, lanes=threads)
 
-    def _submit_batch(self, batch: np.ndarray, n: int) -> Future[Outputs]:
-        return self._pool.submit(self._run, self._idle.get(), batch, n)
-
-    def _run(self, request: Any, batch: np.ndarray, n: int) -> Outputs:
-        try:
-            # Not `infer`, which would run in this thread instead of a stream.
-            request.start_async({0: batch}, share_inputs=True)
-            request.wait()
-            return Outputs(*(request.get_tensor(name).data[:n].copy() for name in self._outputs))
-        finally:
-            self._idle.put(request)
+    def _compute(self, slot: Any, batch: np.ndarray, n: int) -> Outputs:
+        # Not `infer`, which would run in this thread instead of a stream.
+        slot.start_async({0: batch}, share_inputs=True)
+        slot.wait()
+        return Outputs(*(slot.get_tensor(name).data[:n].copy() for name in self._outputs))
 
 
-class KerasRuntime(Runtime):
-    """A Keras model; batches of one shape are traced once."""
+#: Batches of a Keras model in flight: one computes, one waits on the GPU, and the results of one are copied.
+_KERAS_BATCHES = 3
 
-    def __init__(self, model: keras.Model, batch_size: int) -> None:
-        from ray_cxr.models.keras_setup import keras
 
-        self._model = keras.Model(model.input, [model.output, model.get_layer("logits").input])
+class KerasRuntime(ThreadedRuntime):
+    """A Keras model with several batches in flight, so that a GPU has its next batch when it ends one.
+
+    TensorFlow returns from a call when the GPU has the work, not when it has done it. So one thread at a time starts
+    batches, while others copy results. TensorFlow copies through pinned memory itself. Batches on a CPU run one by one.
+
+    Args:
+        jit_compile: compile with XLA, at the first batch.
+    """
+
+    def __init__(self, model: keras.Model, batch_size: int, *, jit_compile: bool = False) -> None:
+        from ray_cxr.models.keras_setup import keras, tf
+
+        self._model = both = keras.Model(model.input, [model.output, model.get_layer("logits").input])
         self.batch_shape = (batch_size, *model.input_shape[1:])
-        self._lock = threading.Lock()
+        self._jit_compile = jit_compile
+        self._device = "GPU:0" if tf.config.list_logical_devices("GPU") else "CPU:0"
+        # Traced here and once: two threads at the first batch could each trace it.
+        traced = tf.function(lambda images: both(images, training=False), autograph=False, jit_compile=jit_compile)
+        self._start = traced.get_concrete_function(tf.TensorSpec(self.batch_shape, tf.uint8))
+        self._turn = threading.Lock()
+        super().__init__(range(_KERAS_BATCHES), lanes=1)
 
-    def _submit_batch(self, batch: np.ndarray, n: int) -> Future[Outputs]:
-        future: Future[Outputs] = Future()
-        with self._lock:
-            arrays = self._model.predict_on_batch(batch)
-        future.set_result(Outputs(*(np.asarray(array, dtype=np.float32)[:n] for array in arrays)))
-        return future
+    def _compute(self, slot: Any, batch: np.ndarray, n: int) -> Outputs:
+        from ray_cxr.models.keras_setup import tf
+
+        try:
+            with tf.device(self._device):
+                images = tf.convert_to_tensor(batch)
+            with self._turn:
+                arrays = self._start(images)
+            return Outputs(*(np.asarray(array, dtype=np.float32)[:n] for array in arrays))
+        except tf.errors.OpError as error:
+            raise self._explain(error, isinstance(error, tf.errors.ResourceExhaustedError)) from None
+
+    def _explain(self, error: Exception, is_out_of_memory: bool) -> RayCxrError:
+        size, device, cause = self.batch_shape[0], self._device, summarize_error(error)
+        if is_out_of_memory:
+            return RayCxrError(
+                f"{device} is out of memory for {size} images; use --set score.batch_size={size // 2 or 1}"
+            )
+        if self._jit_compile:
+            return RayCxrError(f"XLA cannot run the model ({cause}); use --set score.jit_compile=false")
+        return RayCxrError(f"{device} cannot run the model: {cause}")
 
 
 def limit_threads(threads: int) -> None:

@@ -5,8 +5,8 @@
       -> batches -> the model, several batches in flight      float32[F] and features
       -> one Parquet file per range, when its last row has a result
 
-An actor works on two ranges at once. The second range starts to decode when the first has nothing left to read, so that
-neither the decoders nor the model are idle in between.
+An actor works on two ranges at once, with a GPU on four. The second range starts to decode when the first has nothing
+left to read, so that neither the decoders nor the model are idle in between.
 """
 
 from __future__ import annotations
@@ -68,13 +68,15 @@ class ModelActor(PoolActor):
         bundle = job.load_bundle()
         self.job, self.quality = job, bundle.quality
         self.rules = replace(bundle.rules, weights=job.settings.weights)
-        opened = bundle.open_runtime(job.precision, batch_size=job.batch_size, threads=cpus, gpu=job.use_gpu)
+        options = {"threads": cpus, "gpu": job.use_gpu, "jit_compile": job.settings.jit_compile}
+        opened = bundle.open_runtime(job.precision, batch_size=job.batch_size, **options)
         copies = job.settings.tta
         self.runtime = AugmentedRuntime(opened, copies, bundle.input_spec) if copies > 1 else opened
         # A batch of no image has the number of features.
         empty = np.zeros((0, *opened.batch_shape[1:3]), np.uint8)
         self.feature_count = opened.predict(empty).features.shape[1] if job.features else 0
-        self.first_at = 0.0
+        self.first_at, self.usage = 0.0, opened.usage
+        self.usage.reset()
 
     def run(self, row: dict[str, Any]) -> TaskResult:
         if row["error"]:
@@ -86,7 +88,8 @@ class ModelActor(PoolActor):
     def score(self, states: Sequence[RangeState], outcomes: Outcomes) -> TaskResult:
         """Score images, and write each range when its last row has a result."""
         files = list(ranges.fill_ranges(states, outcomes, ScoreWriter(self, states)))
-        return TaskResult([index for index, _ in files], sum(rows for _, rows in files), first_at=self.first_at)
+        done, images = [index for index, _ in files], sum(rows for _, rows in files)
+        return TaskResult(done, images, first_at=self.first_at, usage=self.usage.take())
 
 
 class ScoreActor(ModelActor):

@@ -517,7 +517,11 @@ class HeatMapActor(PoolActor):
         if self.request.method == "occlusion":
             return Occlusion(
                 bundle.open_runtime(
-                    self.job.precision, batch_size=self.job.batch_size, threads=cpus, gpu=self.job.use_gpu
+                    self.job.precision,
+                    batch_size=self.job.batch_size,
+                    threads=cpus,
+                    gpu=self.job.use_gpu,
+                    jit_compile=self.job.settings.jit_compile,
                 )
             )
         if not self.job.use_gpu and "keras" not in sys.modules:

@@ -207,6 +207,7 @@ def _score_ranges(
     with show_files("score", folder, plan.ranges, written - retried, _count_errors):
         for result in run_tasks(plan.tasks, build, job.has_written):
             report.scored_now += result.images
+            report.usage = report.usage.plus(result.usage)
             if result.first_at and not report.start_up:
                 report.start_up = _split_start_up(result, times)
                 logger.debug("seconds to the first scored image: %s", report.start_up)
@@ -345,6 +346,7 @@ def _make_record(plan: ScorePlan, report: ScoreReport) -> dict[str, Any]:
             "seconds": round(report.seconds, 3),
             "images_per_second": None if rate is None else round(rate, 3),
             "start_up": {name: round(seconds, 3) for name, seconds in report.start_up.items()},
+            "waits": {name: round(share, 3) for name, share in report.usage.shares().items()},
             **({"pacs": {name: round(amount, 3) for name, amount in report.pacs.items()}} if report.pacs else {}),
         },
         **kept,

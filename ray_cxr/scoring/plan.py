@@ -18,7 +18,7 @@ from ray_cxr.data.partition import Range, Unit, first_location, plan_units
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import RETRYABLE_CODES, ConfigError, OutputError
 from ray_cxr.models.bundle import Bundle, load_bundle
-from ray_cxr.models.runtime import TOLERANCE, choose_precision
+from ray_cxr.models.runtime import TOLERANCE, Usage, choose_precision
 from ray_cxr.scoring import heatmaps, inputs
 from ray_cxr.scoring.actors import make_pseudonym
 from ray_cxr.scoring.earlier import read_earlier
@@ -41,6 +41,8 @@ from ray_cxr.storage.paths import is_dicomweb, make_absolute, name_search, redac
 KIND = "score"
 #: Version of the score table. Until 2, priority was the highest rank relative to the operating point.
 FORMAT = 3
+#: Shares of waiting from which the summary names them, in runs of at least this many seconds of all models.
+_MIN_SHARE, _MIN_USAGE_S = 0.25, 10.0
 REMEDY = "use --fresh to start over, or choose another --out"
 #: Values of settings that settings.json may lack.
 _DEFAULTS: dict[str, Any] = {
@@ -124,6 +126,7 @@ class ScoreReport:
         notes: sentences about files in the image folder that are not images.
         selection: the listed images that were left out; None if all were scored.
         pool: actors that scored; None if nothing was scored.
+        usage: how long the models worked and waited.
         pacs: requests to a PACS, instances, their bytes, and seconds over all threads that fetch, in this run.
     """
 
@@ -136,6 +139,7 @@ class ScoreReport:
     selection: Selection | None = None
     pool: ActorPlan | None = None
     heatmaps: HeatMapReport | None = None
+    usage: Usage = field(default_factory=Usage)
     pacs: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -145,6 +149,20 @@ class ScoreReport:
     @property
     def images_per_second(self) -> float | None:
         return self.scored_now / self.seconds if self.scored_now and self.seconds else None
+
+    def describe_waits(self) -> str | None:
+        """Return what limits the run and what helps; None if it was short, or if models and decoders share CPUs."""
+        pool = self.pool
+        if pool is None or not (pool.gpus or pool.decode_apart) or self.usage.seconds < _MIN_USAGE_S:
+            return None
+        model, images = self.usage.shares().values()
+        if model >= _MIN_SHARE:
+            remedy = "more CPUs to decode, or score --prepared," if pool.decode_apart else "a faster disk"
+            return f"the model waited for images {model:.0%} of the time; {remedy} would help"
+        if images >= _MIN_SHARE:
+            remedy = "more GPUs, or --set score.jit_compile=true," if pool.gpus else "--set score.decode=inside"
+            return f"images waited for the model {images:.0%} of the time; {remedy} would help"
+        return None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ from ray_cxr.tasks import MAX_LOST_PER_WORKER, Task, map_once, poll, run_with_re
 
 #: Maximum by default: further actors speed up a run more than further CPUs per actor.
 MAX_CPUS_PER_ACTOR = 4
+#: Tasks in flight per GPU. Simulated with a model of 3,200 images/s, and 0.12 s for the files of a task as on a shared
+#: file system: 2 tasks reach 2,320 images/s, 3 reach 2,900, and 4 reach 2,990.
+GPU_TASKS = 4
 #: Maximum number of restarts per actor.
 MAX_RESTARTS = 30
 
@@ -55,7 +58,7 @@ def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool, decode
         if not use_gpu:
             return ActorPlan(*fit_actors(cpus, settings.cpus_per_actor, n_tasks))
         _require_gpu(gpus)
-        return ActorPlan(int(sum(gpus)), cpus=0, gpus=1)
+        return ActorPlan(int(sum(gpus)), cpus=0, gpus=1, in_flight=GPU_TASKS)
     if use_gpu:
         if settings.decode == "inside":
             raise ConfigError("decode=inside: cannot be combined with --gpu; remove one of them")
@@ -63,7 +66,7 @@ def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool, decode
         if sum(cpus) < 1:
             raise ConfigError("--gpu: Ray has no CPU to decode images; add one to the cluster")
         # Actors without CPUs leave all CPUs to the tasks that decode.
-        return ActorPlan(int(sum(gpus)), cpus=0, gpus=1, decode_apart=True)
+        return ActorPlan(int(sum(gpus)), cpus=0, gpus=1, in_flight=GPU_TASKS, decode_apart=True)
     if settings.decode == "apart":
         if sum(cpus) < 2:
             raise ConfigError("decode=apart: needs 2 CPUs, one for the model and one to decode; use decode=inside")

@@ -21,7 +21,7 @@ from ray_cxr.scoring.ranges import PreparedSource, RangeState, RowLocation, Scor
 
 #: Images per read.
 _BLOCK = 64
-#: Shards that stay open; an actor works on two ranges at a time.
+#: Shards that stay open; an actor reads one range after another.
 _OPEN = 4
 
 

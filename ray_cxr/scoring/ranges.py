@@ -20,6 +20,7 @@ from ray_cxr.errors import RETRYABLE_CODES, OutputError, RayCxrError
 from ray_cxr.imaging.sandbox import DecodedImage, Failure
 from ray_cxr.models import predictions
 from ray_cxr.models.bundle import Bundle, load_bundle
+from ray_cxr.models.runtime import Usage
 from ray_cxr.storage import remote, run_folder
 from ray_cxr.storage.pacs_workers import PacsAccess
 from ray_cxr.tasks import SUCCESS, encode_error
@@ -202,6 +203,7 @@ class TaskResult:
         images: rows that the task scored, or images that it drew.
         created_at, ready_at, first_at: when the actor was created, was ready, and had scored its first batch; seconds
             since 1970, 0 if unknown.
+        usage: of the actor's model, since its previous result.
     """
 
     done: Sequence[int] = ()
@@ -209,15 +211,18 @@ class TaskResult:
     created_at: float = 0.0
     ready_at: float = 0.0
     first_at: float = 0.0
+    usage: Usage = field(default_factory=Usage)
     error: RayCxrError | None = None
 
     def to_row(self) -> dict[str, Any]:
         columns = {name: value for name, value in vars(self).items() if name != "error"}
-        return {**columns, "done": list(self.done), **(SUCCESS if self.error is None else encode_error(self.error))}
+        columns |= {"done": list(self.done), "usage": list(self.usage)}
+        return {**columns, **(SUCCESS if self.error is None else encode_error(self.error))}
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
-        return cls(**{name: value for name, value in row.items() if name != "error"})
+        columns = {name: value for name, value in row.items() if name != "error"}
+        return cls(**{**columns, "usage": Usage(*row["usage"])})
 
 
 class RowLocation(NamedTuple):

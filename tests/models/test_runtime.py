@@ -6,6 +6,7 @@ import gc
 import importlib
 import re
 import sys
+import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import tensorflow as tf
 from test_bundle import BF16, FP32, remove_graph, reseal, writable_copy
 
 from ray_cxr import load_bundle
-from ray_cxr.errors import BundleError, ConfigError
+from ray_cxr.errors import BundleError, ConfigError, RayCxrError
 from ray_cxr.models import bundle as bundles
 from ray_cxr.models import exports, runtime
 
@@ -116,7 +117,7 @@ def test_gpu_scores_in_bf16_or_in_full_float32(tiny_bundle, gpu, monkeypatch, ca
     calls: list[object] = []
     monkeypatch.setattr(tf.config.experimental, "enable_tensor_float_32_execution", calls.append)
     monkeypatch.setattr(bundles.Bundle, "model", lambda self, *, policy: calls.append(policy))
-    monkeypatch.setattr(runtime, "KerasRuntime", lambda model, batch_size: None)
+    monkeypatch.setattr(runtime, "KerasRuntime", lambda model, batch_size, *, jit_compile: None)
     monkeypatch.setattr(bundles.Bundle, "check_golden", lambda *_: None)
     tiny_bundle.open_runtime(precision, batch_size=BATCH, threads=1, gpu=True)
     assert calls == ([policy] if policy == "mixed_bfloat16" else [False, policy])
@@ -193,13 +194,136 @@ def test_failed_batch_raises_and_the_next_one_runs(tiny_bundle, images: np.ndarr
     np.testing.assert_array_equal(opened.submit(images[:2]).result(timeout=120).probabilities, expected)
     with pytest.raises(ValueError, match="broadcast"):
         opened.submit(images[: BATCH + 1])
-    # An unused runtime is freed. Not the one above, which the tracebacks of its failures reference.
-    opened = runtime.OpenVinoRuntime(tiny_bundle.path / "openvino.xml", "fp32", BATCH, 1)
+
+
+@pytest.mark.parametrize("engine", ["openvino", "keras"])
+def test_unused_runtime_and_its_threads_end(tiny_bundle, images: np.ndarray, engine: str) -> None:
+    opened: runtime.ThreadedRuntime = (
+        runtime.KerasRuntime(tiny_bundle.model(), BATCH)
+        if engine == "keras"
+        else runtime.OpenVinoRuntime(tiny_bundle.path / "openvino.xml", "fp32", BATCH, 1)
+    )
     opened.predict(images)
-    held = weakref.ref(opened)
+    held, threads = weakref.ref(opened), list(opened._pool._threads)
     del opened
     gc.collect()
+    for thread in threads:  # each frees its last batch a moment after its result
+        thread.join(60)
+        assert not thread.is_alive()
     assert held() is None
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_keras_batches_overlap_and_equal_predict_on_batch(tiny_bundle, images: np.ndarray, jit_compile: bool) -> None:
+    model = tiny_bundle.model()
+    opened = runtime.KerasRuntime(model, BATCH, jit_compile=jit_compile)
+    both = keras.Model(model.input, [model.output, model.get_layer("logits").input])
+    both.jit_compile = jit_compile
+    batches = [np.roll(images, k, axis=0)[:BATCH] for k in range(24)]
+    expected = [both.predict_on_batch(batch[..., None]) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        futures = list(pool.map(opened.submit, batches))
+    for future, (probabilities, features) in zip(futures, expected, strict=True):
+        found = future.result(timeout=120)
+        np.testing.assert_array_equal(found.probabilities, probabilities)
+        np.testing.assert_array_equal(found.features, features)
+    opened.close()
+    with pytest.raises(RuntimeError):
+        opened.submit(images[:1])
+
+
+class OnGpu:
+    """A result that the GPU has not computed yet."""
+
+    def __init__(self, is_computed: threading.Event, values: Any) -> None:
+        self._is_computed, self._values = is_computed, values
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        assert self._is_computed.wait(60)
+        return np.asarray(self._values, dtype)
+
+
+def test_keras_starts_the_next_batch_before_results_are_there(tiny_bundle, images: np.ndarray) -> None:
+    opened = runtime.KerasRuntime(tiny_bundle.model(), BATCH)
+    expected, start = opened.predict(images[:BATCH]), opened._start
+    started, events, names = threading.Semaphore(0), [threading.Event() for _ in range(4)], iter(range(4))
+
+    def start_slowly(batch: Any) -> list[OnGpu]:
+        is_computed = events[next(names)]
+        started.release()
+        return [OnGpu(is_computed, values) for values in start(batch)]
+
+    opened._start = start_slowly
+    opened.usage.reset()
+    with ThreadPoolExecutor(1) as pool:
+        futures = [opened.submit(images[:BATCH]) for _ in range(3)]
+        for _ in futures:
+            assert started.acquire(timeout=60), "the batch before it had to end first"
+        fourth = pool.submit(opened.submit, images[:BATCH])
+        assert not started.acquire(timeout=0.05), "more batches in flight than slots"
+        for event in events:
+            event.set()
+        for future in (*futures, fourth.result(timeout=60)):
+            np.testing.assert_array_equal(future.result(timeout=60).probabilities, expected.probabilities)
+    usage = opened.usage.take()
+    assert 0.04 < usage.reader_wait_s <= usage.seconds
+    assert usage.model_wait_s < usage.seconds
+
+
+@pytest.mark.parametrize(
+    ("error", "jit_compile", "message"),
+    [
+        (
+            tf.errors.ResourceExhaustedError(None, None, "OOM\nmore"),
+            True,
+            "out of memory.* score.batch_size=2",
+        ),
+        (tf.errors.InternalError(None, None, "libdevice not found\nat"), True, "libdevice.* score.jit_compile=false"),
+        (tf.errors.InternalError(None, None, "no kernel\nat"), False, "CPU:0 cannot run the model: no kernel"),
+    ],
+)
+def test_failed_batch_of_keras_is_one_line_and_the_next_one_runs(
+    tiny_bundle, images, by_keras, error: Exception, jit_compile: bool, message: str
+) -> None:
+    opened = runtime.KerasRuntime(tiny_bundle.model(), BATCH)
+    opened._jit_compile, start = jit_compile, opened._start
+
+    def fail(batch: Any) -> None:
+        raise error
+
+    opened._start = fail
+    for future in [opened.submit(images[:1]) for _ in range(5)]:
+        with pytest.raises(RayCxrError, match=rf"^[^\n]*{message}[^\n]*$"):
+            future.result(timeout=60)
+    opened._start = start
+    np.testing.assert_array_equal(opened.predict(images).probabilities, by_keras.predict(images).probabilities)
+
+
+def test_usage_counts_idle_lanes_and_waiting_callers_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now)
+    meter = runtime.UsageMeter(2)
+
+    def change(seconds: float, **counts: int) -> None:
+        nonlocal now
+        now += seconds
+        meter.add(**counts)
+
+    assert meter.take() == (0, 0, 0)
+    change(5, running=1)  # the first batch starts the clock
+    change(2, running=1)  # one of two lanes was idle
+    change(1, waiting=1)
+    change(4, waiting=1)
+    change(4, running=1)  # a third batch in flight is not a third lane
+    change(1, waiting=-2, running=-3)
+    now += 3
+    assert meter.take() == (15, 2 / 2 + 3, 9)
+    assert meter.take() == (0, 0, 0)
+    now += 2
+    assert runtime.Usage(*meter.take()).shares() == {"model_waited_for_images": 1.0, "images_waited_for_model": 0.0}
+    meter.reset()
+    now += 2
+    assert runtime.Usage(*meter.take()).shares() == {}
 
 
 def test_invalid_graph_file_is_refused(tmp_path: Path) -> None:

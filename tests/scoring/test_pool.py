@@ -21,7 +21,7 @@ def set_nodes(monkeypatch: pytest.MonkeyPatch, *nodes: tuple[float, float]) -> N
 def test_pools_use_all_gpus_and_share_each_nodes_cpus_among_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     set_nodes(monkeypatch, (8, 0), (6, 2), (2, 1))
     settings = ScoreSettings()
-    assert plan_scoring(settings, 100, use_gpu=True) == ActorPlan(3, cpus=0, gpus=1, decode_apart=True)
+    assert plan_scoring(settings, 100, use_gpu=True) == ActorPlan(3, cpus=0, gpus=1, in_flight=4, decode_apart=True)
     # The third node has two CPUs for its GPU; the first has no GPU and does not limit the CPUs.
     assert plan_drawing(settings, 100, use_gpu=True) == ActorPlan(3, cpus=2, gpus=1, in_flight=1)
     assert plan_drawing(settings, 2, use_gpu=True).actors == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -25,9 +26,11 @@ from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 from ray_cxr.imaging.sandbox import DecodedImage
 from ray_cxr.models import predictions
+from ray_cxr.models.runtime import Usage
 from ray_cxr.scoring import pipeline, plan
 from ray_cxr.scoring.inputs import group_rows
-from ray_cxr.scoring.pool import fit_actors
+from ray_cxr.scoring.plan import ScoreReport
+from ray_cxr.scoring.pool import ActorPlan, fit_actors
 from ray_cxr.scoring.ranges import RangeState, TaskResult
 from ray_cxr.scoring.reader import ImageReader
 from ray_cxr.storage import atomic, run_folder
@@ -66,6 +69,27 @@ def test_stages_of_start_up_add_up() -> None:
     assert list(stages.items()) == list(zip(names, [12.5, 1.0, 3.0, 0.5, 1.5, 4.0, 2.5], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("pool", "usage", "expected"),
+    [
+        (
+            ActorPlan(1, 0, gpus=1, decode_apart=True),
+            Usage(100, 62, 1),
+            r"model waited for images 62%.*CPUs.*--prepared",
+        ),
+        (ActorPlan(1, 0, gpus=1), Usage(100, 62, 1), r"model waited for images 62%(?!.*--prepared)"),
+        (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(100, 5, 80), r"images waited.* 80%.*jit_compile"),
+        (ActorPlan(1, 1, decode_apart=True), Usage(100, 5, 80), r"images waited.* 80%.*decode=inside"),
+        (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(100, 5, 9), None),
+        (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(1, 0.9, 0), None),
+        (ActorPlan(2, 4), Usage(100, 62, 1), None),
+    ],
+)
+def test_summary_names_waits_that_the_user_can_shorten(pool: ActorPlan, usage: Usage, expected: str | None) -> None:
+    line = ScoreReport(rows=1, pool=pool, usage=usage).describe_waits()
+    assert line is None if expected is None else re.search(expected, str(line))
+
+
 def test_rows_and_run_json_follow_the_manifest(scores: Path, manifest: Path, tiny_bundle) -> None:
     table = read_rows(scores)
     assert table["image_id"].tolist() == pd.read_parquet(manifest)["image_id"].tolist()
@@ -88,6 +112,8 @@ def test_rows_and_run_json_follow_the_manifest(scores: Path, manifest: Path, tin
     assert (run["precision"], run["split"]["kind"]) == ("fp32", "patient")
     assert run["last_run"]["rows_scored"] == n
     assert run["last_run"]["images_per_second"] > 0
+    assert list(run["last_run"]["waits"]) == ["model_waited_for_images", "images_waited_for_model"]
+    assert all(0 <= share <= 1 for share in run["last_run"]["waits"].values())
     assert 0 < run["last_run"]["seconds"] < time.monotonic()  # of this run, not of the machine
     ranked = tiny_bundle.rules.ranked
     assert run["ranking"] == {
