@@ -83,6 +83,19 @@ def test_scoring_is_compared_with_a_bare_program_and_pytorch_may_be_missing(
     assert max(result["agreement"].values()) < 1e-4
 
 
+@pytest.mark.long
+def test_gpu_table_has_a_row_per_batch_size_and_a_gpu_is_required(tmp_path: Path, monkeypatch) -> None:
+    result = run_benchmark("gpu.py", tmp_path / "gpu.json", "--cpu --jit")[0]["gpu"]
+    assert [row["batch"] for row in result["rows"]] == [2, 4]
+    for row in result["rows"]:
+        for part in (row["alone"], row["decoding"]):
+            assert part["images_per_second"] > 0
+            assert 0 <= part["wait"] <= 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    done = run_script("gpu.py")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
 @pytest.mark.slow
 def test_intervals_agree_with_a_loop_of_scikit_learn(tmp_path: Path) -> None:
     options = "--images 400 --patients 60 --findings 2 --resamples 20 --rival-resamples 2 --rounds 2"
