@@ -68,7 +68,7 @@ class ModelActor(PoolActor):
         bundle = job.load_bundle()
         self.job, self.quality = job, bundle.quality
         self.rules = replace(bundle.rules, weights=job.settings.weights)
-        options = {"threads": cpus, "gpu": job.use_gpu, "jit_compile": job.settings.jit_compile}
+        options: dict[str, Any] = {"threads": cpus, "gpu": job.use_gpu, "jit_compile": job.settings.jit_compile}
         opened = bundle.open_runtime(job.precision, batch_size=job.batch_size, **options)
         copies = job.settings.tta
         self.runtime = AugmentedRuntime(opened, copies, bundle.input_spec) if copies > 1 else opened
