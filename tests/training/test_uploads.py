@@ -132,6 +132,10 @@ def test_a_worker_lost_during_an_upload_costs_only_that_checkpoint(
     """The third checkpoint, of epoch 2, is half stored when the worker is killed; the run continues from the second."""
     held, starts, folders = tmp_path / "held", [], []
 
+    def has_two() -> bool:
+        listed = f"lost/run/ray/{CHECKPOINT_LIST}" in store.keys("lost/run/ray/")
+        return listed and len(list_complete(store, "lost/run")[0]) == 2
+
     def hold(path: str) -> int | None:
         if path.endswith("/started.json"):
             starts.append(path)
@@ -139,6 +143,7 @@ def test_a_worker_lost_during_an_upload_costs_only_that_checkpoint(
         if folder and folder not in folders:
             folders.append(folder)
         if folder and folders.index(folder) == 2 and path.endswith("state.npz"):
+            wait_until(has_two, 60)  # Ray Train lists a stored checkpoint a moment later
             held.touch()
             wait_until(lambda: len(starts) == 2, 120)
             return 500
