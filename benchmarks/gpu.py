@@ -12,7 +12,7 @@ but without Ray and without files of scores; `ray-cxr benchmark BUNDLE --gpu` in
     GPU waits   share of the time in which the GPU had no batch
     start       seconds to trace and compile the model, with its first batch
 
-After `LIMIT_S` no further batch size is measured, and the table says so.
+After `LIMIT_S` no further batch size is measured; the last line lists those left out.
 """
 
 from __future__ import annotations
