@@ -6,6 +6,7 @@ import argparse
 import difflib
 import functools
 import itertools
+import re
 import shlex
 import shutil
 import sys
@@ -211,8 +212,8 @@ local_output = functools.partial(local_input, remedy="write to a folder and copy
 
 
 def label_table(text: str) -> str:
-    """Argument type: a table on this machine, or `train=TABLE`, `val=TABLE`, `test=TABLE`."""
-    local_input(text.partition("=")[2] or text)
+    """Argument type: a table, or `train=TABLE`, `val=TABLE`, `test=TABLE`."""
+    any_path(re.sub("^(train|val|test)=", "", text))
     return text
 
 

@@ -13,7 +13,6 @@ from ray_cxr.cli.arguments import (
     any_address,
     any_path,
     label_table,
-    local_input,
     parse_numbers,
     path_or_search,
     pick,
@@ -47,7 +46,7 @@ def add_commands(commands: Any) -> None:
     manifest.add_argument("--split", choices=["official", "patient"], help=split_help)
     lists = {"--train-val-list": "NIH's list of train and val images", "--test-list": "NIH's list of test images"}
     for option, text in lists.items():
-        manifest.add_argument(option, type=local_input, metavar="F", help=f"{text}, for --split official")
+        manifest.add_argument(option, type=any_path, metavar="F", help=f"{text}, for --split official")
     fractions_help = "train,val,test for --split patient (%(default)s)"
     manifest.add_argument("--fractions", default="0.7,0.1,0.2", metavar="X,Y,Z", help=fractions_help)
     manifest.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the split (0)")

@@ -33,6 +33,7 @@ from ray_cxr.data import identity, manifest, review_facts
 from ray_cxr.data.csv_table import COLUMNS, KNOWN_HEADERS, CsvTable, normalize_header, read_csv
 from ray_cxr.errors import TableError
 from ray_cxr.labels import FINDINGS, LABELS, canonicalize, suggest
+from ray_cxr.storage import remote
 from ray_cxr.storage.files import hash_file
 
 #: Consensus labels that combine several of our findings, named as the table of 2020 names them.
@@ -115,7 +116,7 @@ def read_consensus(path: str) -> ConsensusLabels:
 
 def _is_parquet(path: str) -> bool:
     try:
-        with open(path, "rb") as stream:
+        with open(remote.to_path(path), "rb") as stream:
             return stream.read(4) == b"PAR1"
     except OSError:
         return False  # `read_csv` reports it

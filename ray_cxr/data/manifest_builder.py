@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from ray_cxr.imaging.views import choose_view, parse_view
 from ray_cxr.storage import dicomweb
 from ray_cxr.storage.files import Listing, find_images, hash_file
 from ray_cxr.storage.paths import IMAGE_SUFFIXES, file_names, is_dicomweb, redact
+from ray_cxr.storage.remote import to_path
 
 
 @dataclass
@@ -141,7 +141,7 @@ def build_manifest(
     if split != "official" and (train_val_list or test_list):
         raise ConfigError("--train-val-list and --test-list: need --split official")
 
-    frames = [read_table(path, report).assign(split=name, _table=Path(path).name) for name, path in arguments]
+    frames = [read_table(path, report).assign(split=name, _table=to_path(path).name) for name, path in arguments]
     data = pd.concat(frames, ignore_index=True)
     data["_written"] = data["patient_id"]
     data["patient_id"] = identity.unify_patients(data["image_id"], data["patient_id"])
@@ -282,8 +282,8 @@ def _format_counts(counts: dict[str, int]) -> str:
 
 def _hash_files(paths: Sequence[str]) -> dict[str, str]:
     """Return SHA-256 by file name, or by path where two files have the same name."""
-    names = Counter(Path(path).name for path in paths)
-    return {Path(path).name if names[Path(path).name] == 1 else path: hash_file(path) for path in paths}
+    names = Counter(to_path(path).name for path in paths)
+    return {to_path(path).name if names[to_path(path).name] == 1 else path: hash_file(path) for path in paths}
 
 
 def _match_files(image_ids: pd.Series, paths: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -12,10 +12,9 @@ import io
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from ray_cxr.errors import TableError
-from ray_cxr.storage import contents
+from ray_cxr.storage import contents, remote
 
 SEPARATORS: dict[str, str] = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 CSV_TABLE, SPLIT_LIST = "a CSV table", "a split list"
@@ -38,12 +37,10 @@ _HEADER_LENGTH = 1 << 20
 
 
 def read_text(path: str, wanted: str = CSV_TABLE) -> str:
-    """Return the text of a local file, gzipped or not, in UTF-8, UTF-16 or UTF-32."""
+    """Return the text of a file, on a disk or in a bucket, gzipped or not, in UTF-8, UTF-16 or UTF-32."""
     what = wanted.removeprefix("a ")
-    if "://" in path:
-        raise TableError(f"{path}: is a URI; copy the {what} to this machine and pass the copy")
     try:
-        data = original = Path(path).read_bytes()
+        data = original = remote.to_path(path).read_bytes()
         if data.startswith(b"\x1f\x8b"):
             data = gzip.decompress(data)
     except FileNotFoundError:

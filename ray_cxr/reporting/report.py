@@ -261,7 +261,7 @@ def _compare_boxes(
 def _read_prevalences(path: str) -> dict[str, float]:
     """Read a TOML file of `Finding = share` lines, shares between 0 and 1."""
     try:
-        shares = read_toml(path)
+        shares = read_toml(remote.to_path(path))
     except OSError as error:
         raise InputError(f"--prevalence {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -46,7 +46,7 @@ from ray_cxr.storage.paths import (
     redact,
     split_member,
 )
-from ray_cxr.storage.remote import map_concurrently
+from ray_cxr.storage.remote import map_concurrently, to_path
 from ray_cxr.storage.stores import MAX_BYTES, is_access_denied, open_uri, read_file
 
 _SNIFF_THREADS = 32
@@ -74,8 +74,8 @@ def read_bytes(path: str, *, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def hash_file(path: str | Path) -> str:
-    """Return the SHA-256 of a local file, hex."""
-    with open(path, "rb") as stream:
+    """Return the SHA-256 of a file, on a disk or in a bucket, hex."""
+    with open(to_path(path), "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

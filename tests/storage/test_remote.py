@@ -198,40 +198,6 @@ def test_missing_bucket_is_named(bucket) -> None:
     assert not place.exists()
 
 
-#: Command lines; their options for local paths alone, and for s3:// addresses too ("" is the first argument).
-PLACES = [
-    ("manifest t.csv --out m", ("", "--train-val-list", "--test-list"), ("--out",)),
-    ("prepare m --out o", ("--config",), ("", "--out")),
-    ("train p --out o", ("--config",), ("", "--out")),
-    ("tune p --out o", ("--out", "--config"), ("",)),
-    ("score --model b --manifest m --out o", ("--config",), ("--model", "--manifest", "--out")),
-    ("report s --out o", ("--consensus", "--boxes", "--prevalence"), ("", "--out", "--labels", "--compare")),
-    ("export-sr s --out o", ("", "--out"), ()),
-    ("quantize b p --out o", ("--config",), ("", "--out")),
-    ("recalibrate b s --labels l --out o", (), ("", "--labels", "--out")),
-    ("import-weights w --backbone TinyCNN --out o", ("",), ("--out",)),
-    ("demo --out o", ("--out",), ()),
-]
-
-
-@pytest.mark.parametrize(("line", "local", "anywhere"), PLACES, ids=[line.split()[0] for line, _, _ in PLACES])
-def test_commands_refuse_addresses_that_they_cannot_use(line, local, anywhere, command, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for option in (*local, *anywhere):
-        for text in ("s3:/b/x", "http://host/x", *(["s3://b/x"] if option in local else [])):
-            words = line.split()
-            if not option:
-                words[1] = text
-            elif option in words:
-                words[words.index(option) + 1] = text
-            else:
-                words += [option, text]
-            code, _, err = command(*words)
-            assert (code, err.count("\n")) == (2, 1), err
-            assert text in err
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.slow
 def test_bundle_in_a_bucket_is_whole_or_none(bucket, tiny_bundle, command, cache: Path) -> None:
     place = remote.to_path(bucket("made/bundle"))
