@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -329,7 +330,7 @@ def run_benchmark(request: BenchmarkRequest) -> Benchmark:
         batch_size=_choose_batch(request),
         refused=refused,
         measurements=[measured for _, measured in parts],
-        versions={**versions(), "openvino": runtime.import_openvino().__version__},
+        versions={**versions(), "openvino": metadata.version("openvino")},
     )
 
 
