@@ -214,7 +214,8 @@ class Benchmark:
         decode, model = self.find(DECODE), self.find(MODEL, precision)
         if self.use_gpu:
             return decode.rate / (decode.rate + model.rate)
-        return model.cpu_ms / (decode.cpu_ms + model.cpu_ms)
+        # CPU times have steps of 10 ms: in very short rounds both can be 0.
+        return model.cpu_ms / max(1e-9, decode.cpu_ms + model.cpu_ms)
 
     def describe_load(self) -> str | None:
         """Return a warning if other programs used the machine before the start; None if it was idle enough."""

@@ -57,7 +57,8 @@ def test_parts_are_measured_in_each_precision(
         assert 0 < min(spread["rounds"]) == spread["lowest"] <= spread["median"] <= spread["highest"]
         assert row["hours"] == pytest.approx(2 / spread["median"])
         assert row["images"] >= 3
-        assert min(row["cpu_ms_per_image"], row["memory_bytes"]) > 0
+        assert row["cpu_ms_per_image"] >= 0  # in steps of 10 ms
+        assert row["memory_bytes"] > 0
     assert sorted(os.listdir(tmp_path)) == ["images", "speed.json"]
 
 
