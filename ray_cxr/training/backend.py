@@ -26,7 +26,7 @@ PREFERENCE_TIMEOUT_S = 5.0
 _rays = ray_api.load_train_classes()
 
 
-class Trainer(_rays.trainer):
+class Trainer(_rays.trainer):  # type: ignore[name-defined]
     """Ray Train's trainer without two helper processes, each of which takes two seconds of a core at every start.
 
     The first serves Ray datasets, which the workers do not use. The second frees the resources of a run whose
@@ -56,7 +56,7 @@ class Trainer(_rays.trainer):
         self._controller = controller
 
 
-class PreferredNodes(_rays.controller_callback):
+class PreferredNodes(_rays.controller_callback):  # type: ignore[name-defined]
     """Start the workers on preferred nodes if these can hold all of them now, else on any node that may work.
 
     Ray's placement groups have no fallback of their own. Ray Train asks at every start, also after a lost node.
