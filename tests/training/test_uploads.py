@@ -139,10 +139,10 @@ def test_a_worker_lost_during_an_upload_costs_only_that_checkpoint(
     def hold(path: str) -> int | None:
         if path.endswith("/started.json"):
             starts.append(path)
-        folder = path.partition("/ray/checkpoint_")[2].partition("/")[0]
-        if folder and folder not in folders:
+        folder, is_file, _ = path.partition("/ray/checkpoint_")[2].partition("/")  # Ray's list is not in a folder
+        if is_file and folder not in folders:
             folders.append(folder)
-        if folder and folders.index(folder) == 2 and path.endswith("state.npz"):
+        if is_file and folders.index(folder) == 2 and path.endswith("state.npz"):
             wait_until(has_two, 60)  # Ray Train lists a stored checkpoint a moment later
             held.touch()
             wait_until(lambda: len(starts) == 2, 120)
