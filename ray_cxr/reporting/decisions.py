@@ -103,24 +103,18 @@ def measure_decisions(table: Scores, evaluated: EvaluationSet, bootstrap: Bootst
         )
         diseases, cutoffs, spreads = [ABNORMALITY, *diseases], np.append(cutoff, cutoffs), [unknown, *spreads]
     spread = np.column_stack(spreads) if table.spread else None
-    selections = dict(
-        zip(
-            diseases,
-            measure_selection(y, c, flags, evaluated.patients, cutoffs=cutoffs, spread=spread, **options),
-            strict=True,
-        )
-    )
-    without_flags = {
-        f: "cannot be flagged, without an operating point"
-        for f, known in zip(diseases, (flags >= 0).any(axis=0), strict=True)
-        if not known
+    found = measure_selection(y, c, flags, evaluated.patients, cutoffs=cutoffs, spread=spread, **options)
+    selections: dict[str, Selection | str] = dict(zip(diseases, found, strict=True))
+    no_flag = "cannot be flagged, without an operating point"
+    selections |= {f: no_flag for j, f in enumerate(diseases) if not (flags[:, j] >= 0).any()}
+    calibration: dict[str, CalibrationMeasures | str] = {
+        f: one for f, one in zip(names, measures, strict=True) if one is not None
     }
-    return Decisions(
-        {f: found for f, found in zip(names, measures, strict=True) if found is not None} | left_out,
-        dict(zip([f for f in names if f != NO_FINDING], curves, strict=True)) | left_out,
-        selections | without_flags | left_out,
-        table.ranking.findings.left_out,
-    )
+    net_benefit: dict[str, DecisionCurve | str] = dict(zip([f for f in names if f != NO_FINDING], curves, strict=True))
+    parts: tuple[dict[str, Any], ...] = (calibration, net_benefit, selections)
+    for part in parts:
+        part.update(left_out)
+    return Decisions(calibration, net_benefit, selections, table.ranking.findings.left_out)
 
 
 def _decide_abnormal(table: Scores, rows: np.ndarray) -> tuple[np.ndarray, float]:
