@@ -131,10 +131,11 @@ def test_a_worker_lost_during_an_upload_costs_only_that_checkpoint(
 ) -> None:
     """The third checkpoint, of epoch 2, is half stored when the worker is killed; the run continues from the second."""
     held, starts, folders = tmp_path / "held", [], []
+    run = f"lost-{rank}/run"  # the tests of a process share what servers hold
 
     def has_two() -> bool:
-        listed = f"lost/run/ray/{CHECKPOINT_LIST}" in store.keys("lost/run/ray/")
-        return listed and len(list_complete(store, "lost/run")[0]) == 2
+        listed = f"{run}/ray/{CHECKPOINT_LIST}" in store.keys(f"{run}/ray/")
+        return listed and len(list_complete(store, run)[0]) == 2
 
     def hold(path: str) -> int | None:
         if path.endswith("/started.json"):
@@ -163,12 +164,12 @@ def test_a_worker_lost_during_an_upload_costs_only_that_checkpoint(
     settings = build(TrainSettings, SETTINGS | {"workers": 2})
     with SlowStore() as store:
         store.refuse = hold
-        trainer.train(prepared, store("lost/run"), settings, callbacks=callbacks, on_event=lines.append)
+        trainer.train(prepared, store(run), settings, callbacks=callbacks, on_event=lines.append)
         lost = next(i for i, line in enumerate(lines) if "a worker failed or was lost" in line)
         assert "epoch 2 after step 0" in lines[lost + 1]
-        listed, stored = list_complete(store, "lost/run")
+        listed, stored = list_complete(store, run)
         assert stored == listed, "what was half stored is removed"
-        assert_same_bits(store.download("lost/run", tmp_path / "run"), uninterrupted.out)
+        assert_same_bits(store.download(run, tmp_path / "run"), uninterrupted.out)
 
 
 @pytest.mark.ray
