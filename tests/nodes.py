@@ -233,7 +233,9 @@ class Nodes:
             ]  # fmt: skip
             # A node keeps its own copies of files from a bucket, as on a machine of its own.
             cache = str(self.folder / f"cache-{name}")
-            process = self._nodes[name] = self._background(program, log, RAY_CXR_CACHE=cache)
+            # With its address, a node's process finds this cluster although other Rays run on this machine.
+            changes = {"RAY_CXR_CACHE": cache, "RAY_ADDRESS": self.address}
+            process = self._nodes[name] = self._background(program, log, **changes)
             start = time.monotonic()
             while process.poll() is None and "Ray runtime started" not in self.read_log(name):
                 # If the agent misses Ray's limit of 15 seconds on a busy machine, `ray start` waits forever.

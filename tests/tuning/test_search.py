@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import pickle
 import sys
 import time
 from collections import Counter
@@ -23,8 +24,8 @@ from studies import get_refusal, load_study, read_rows
 
 from ray_cxr import cluster, config
 from ray_cxr.config import TrainSettings, TuneSettings
-from ray_cxr.errors import ConfigError, OutputError
-from ray_cxr.tuning import results, search, searcher
+from ray_cxr.errors import ConfigError, OutputError, RayCxrError
+from ray_cxr.tuning import results, search, searcher, trial
 from ray_cxr.tuning.plan import StudyPlan
 
 BASE = TrainSettings(backbone="TinyCNN", weights="none", size=64, epochs=3)
@@ -382,3 +383,29 @@ def test_a_ray_without_its_dashboard_is_refused(prepared: Path, tmp_path: Path, 
     assert "dashboard" in message
     assert "no answer" in message
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("reason", "raised"), [("Connection refused", True), ("killed due to the node running low on memory", False)]
+)
+def test_a_trial_whose_node_is_lost_is_raised_so_that_it_restarts(
+    reason: str, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shortage of memory would repeat, so it is the trial's result."""
+    from ray.exceptions import ActorUnavailableError
+    from ray.train import ControllerError
+
+    def fit(*_: Any, **__: Any) -> None:
+        # As it arrives from the controller's process.
+        lost = pickle.loads(pickle.dumps(ControllerError(ActorUnavailableError(reason, b"0" * 16))))
+        raise RayCxrError("training failed: the actor is unavailable") from lost
+
+    monkeypatch.setattr(trial.trainer, "fit", fit)
+    monkeypatch.setattr(trial, "ReportForwarder", lambda *_: None)
+    monkeypatch.setattr(trial, "plan_training", lambda *_: None)
+    context = trial.TrialContext("p", "o", use_gpu=False, measure_threads=None, placement=cluster.Placement())
+    given = {"settings": BASE.model_dump(mode="json"), "folder": str(tmp_path)}
+    if raised:
+        assert "was lost" in get_refusal(RayCxrError, trial.run_trial, given, context)
+    else:
+        assert "failure" in trial.run_trial(given, context)
