@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Bucket, make_tiny_bundle, replace_ray, score_arguments
+from conftest import Bucket, make_tiny_bundle, replace_ray, score_arguments, write_phantom_manifest
 from sr_site import Site
 
 from ray_cxr.cli import _build_parser, main
 from ray_cxr.cli.arguments import PATH_TYPES, any_address
+from ray_cxr.imaging.phantoms import write_phantoms
 from ray_cxr.labels import FINDINGS
 from ray_cxr.review import server
 from ray_cxr.review.verdicts import Verdict, VerdictLog
@@ -86,7 +87,7 @@ REAL = [
     "report @scores --manifest @m.parquet --compare @scores2 --consensus @labels.parquet "
     "--boxes @boxes.csv --prevalence @shares.toml --out >report",
     "report @few @scores --out >report",
-    "quantize @bundle @prepared --out >int8 --set max_auroc_fall=0.9",
+    "quantize @bundle @prepared100 --out >int8 --set max_auroc_fall=0.9",
     "recalibrate @bundle @scores --manifest @m.parquet --out >new --set min_positives=2",
     "probe @scores --manifest @m.parquet --bundle @bundle --out >probe --set min_positives=2",
     "ensemble @bundle @bundle2 --out >both",
@@ -116,7 +117,11 @@ def material(
     shutil.copytree(prepared, home / "prepared")
     shutil.copytree(tiny_bundle.path, home / "bundle")
     make_tiny_bundle(home / "bundle2", seed=1)
+    # Measuring 8-bit weights takes more images of each split.
+    more_images = write_phantoms(tmp_path_factory.mktemp("more") / "set", patients=100, size=64, broken=False)
+    more_rows = write_phantom_manifest(more_images, tmp_path_factory.mktemp("more") / "m.parquet")
     with replace_ray(), redirect_stdout(io.StringIO()):
+        assert main(["prepare", str(more_rows), "--out", str(home / "prepared100"), "--size", "64"]) == 0
         for bundle, out, more in (
             ("bundle", "few", ("--limit", 20)),
             ("bundle", "scores", ("--features", "--heatmaps", 1)),
