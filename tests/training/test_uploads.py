@@ -232,6 +232,7 @@ def test_a_reclaimed_machine_with_a_slow_store(prepared: Path, tmp_path: Path) -
         wait_for("first step done", 300)
         nodes.drain("l", 30)
         wait_for("is going away; checkpoint written", 60)
+        time.sleep(15)  # Ray Train lists a stored checkpoint at its next polls; the notice leaves half a minute
         nodes.kill("l")
         wait_for("train: continues in epoch", 300)
         text = log.read_text()
