@@ -118,7 +118,10 @@ def write_captures(out: Path, folder: ScoreFolder, plan: ExportPlan) -> tuple[Co
         wanted = [heat_map if outcome == CAPTURED else None for heat_map, outcome in zip(found, outcomes, strict=True)]
         overlay_files = remote.map_concurrently(_read_overlay, wanted)
         for (row, _, number), heat_map, data in zip(flagged, wanted, overlay_files, strict=True):
-            yield heat_map and _capture(folder, plan.headers[row], row, heat_map, number, data)
+            if heat_map is None:
+                yield None
+            else:
+                yield _capture(folder, plan.headers[row], row, heat_map, number, data)
 
     def write(capture: tuple[str, bytes] | str | None) -> tuple[str, bytes] | str | None:
         if isinstance(capture, tuple):

@@ -147,7 +147,7 @@ def export_sr(
         "format": sr_document.FORMAT,
         "model_digest": folder.model.digest,
         "scores": folder.settings_digest,
-        "replaces": former_folder and str(former_folder),
+        "replaces": None if former_folder is None else str(former_folder),
     }
     run_folder.check_run(out, settings)
     maps_digest = captures.check(folder) if with_heatmaps else None
