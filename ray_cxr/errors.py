@@ -165,8 +165,9 @@ def list_causes(error: BaseException | None) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         # Not __context__: an error raised while another was handled is not caused by it.
-        # Ray Train keeps an error of its controller in an attribute.
-        queue += [getattr(current, "cause", None), getattr(current, "controller_failure", None), current.__cause__]
+        # Ray Train keeps the errors of its controller and of lost workers in attributes.
+        queue += [getattr(current, name, None) for name in ("cause", "controller_failure", "health_check_failure")]
+        queue.append(current.__cause__)
         if isinstance(failures := getattr(current, "worker_failures", None), dict):
             queue += failures.values()
 

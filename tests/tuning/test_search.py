@@ -393,19 +393,23 @@ def test_a_trial_whose_node_is_lost_is_raised_so_that_it_restarts(
 ) -> None:
     """A shortage of memory would repeat, so it is the trial's result."""
     from ray.exceptions import ActorUnavailableError
-    from ray.train import ControllerError
+    from ray.train import ControllerError, WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    lost = ActorUnavailableError(reason, b"0" * 16)
+    errors = [ControllerError(lost), WorkerGroupError("rank 0", {0: WorkerHealthCheckFailedError("no answer", lost)})]
 
     def fit(*_: Any, **__: Any) -> None:
         # As it arrives from the controller's process.
-        lost = pickle.loads(pickle.dumps(ControllerError(ActorUnavailableError(reason, b"0" * 16))))
-        raise RayCxrError("training failed: the actor is unavailable") from lost
+        raise RayCxrError("training failed: no answer") from pickle.loads(pickle.dumps(errors.pop()))
 
     monkeypatch.setattr(trial.trainer, "fit", fit)
     monkeypatch.setattr(trial, "ReportForwarder", lambda *_: None)
     monkeypatch.setattr(trial, "plan_training", lambda *_: None)
     context = trial.TrialContext("p", "o", use_gpu=False, measure_threads=None, placement=cluster.Placement())
     given = {"settings": BASE.model_dump(mode="json"), "folder": str(tmp_path)}
-    if raised:
-        assert "was lost" in get_refusal(RayCxrError, trial.run_trial, given, context)
-    else:
-        assert "failure" in trial.run_trial(given, context)
+    while errors:
+        if raised:
+            assert "was lost" in get_refusal(RayCxrError, trial.run_trial, given, context)
+        else:
+            assert "failure" in trial.run_trial(given, context)
