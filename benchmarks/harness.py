@@ -520,7 +520,7 @@ class CpuSampler:
         ticks = os.sysconf("SC_CLK_TCK")
         mark = f"{MARKER}={os.getpid()}-".encode()
         for pid in sorted(map(int, filter(str.isdecimal, os.listdir("/proc")))):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, KeyError):
                 if self._misses[pid] == _LOOKS:
                     continue
                 text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
@@ -528,7 +528,9 @@ class CpuSampler:
                 # The title of a Ray worker overwrites its environment, so a child of a known process counts, too.
                 known = pid in self._seconds or int(stat[1]) in self._seconds
                 if known or mark in Path(f"/proc/{pid}/environ").read_bytes():
-                    self._seconds[pid] = (read_name(pid), (int(stat[11]) + int(stat[12])) / ticks)
+                    # A process that ends has no name any more.
+                    name = read_name(pid) if stat[0] != "Z" else self._seconds[pid][0]
+                    self._seconds[pid] = (name, (int(stat[11]) + int(stat[12])) / ticks)
                 else:
                     self._misses[pid] += 1
         sums: Counter[str] = Counter()
@@ -548,7 +550,7 @@ class CpuSampler:
             return {}
         times, done = zip(*kept, strict=True)
         found = {}
-        for name in self.samples[-1][1]:
+        for name in {name for _, sums in self.samples for name in sums}:
             used = _interpolate(times, [(at, sums.get(name, 0.0)) for at, sums in self.samples])
             found[name] = 1e3 * statistics.linear_regression(done, used).slope
         return found
