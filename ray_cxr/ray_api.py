@@ -1,4 +1,7 @@
-"""What the package uses of Ray that is private, deprecated or marked as alpha; no other module uses such names.
+"""What the package uses of Ray Core, Ray Data and Ray Train that is private, deprecated or marked as alpha.
+
+No other module imports such names. Subclasses elsewhere rely on private members of their Ray classes: `OptunaSearch`
+in tuning/searcher.py, the trial controller in tuning/trial.py, and `JobConfig` in session.py.
 
 Ray may change them in any minor version, so pyproject.toml holds Ray below the next one
 (docs/decisions/0002-dependencies.md). tests/test_ray_api.py checks every name here against the installed Ray, and

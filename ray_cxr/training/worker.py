@@ -125,7 +125,10 @@ def _train(config: dict[str, Any], stack: contextlib.ExitStack) -> None:
     replicas.check_equal(loop.list_shared(), "at the start")
     times["model"] = time.time()
     recorder = RunRecorder(out, loop, times, state) if replicas.rank == 0 else None
-    preemption, uploads = PreemptionWatch(replicas, ray_api.get_preemption_info), Uploads(out)
+    preemption, uploads = (
+        PreemptionWatch(replicas, ray_api.get_preemption_info),
+        Uploads(out, replicas.any, watchdog.beat),
+    )
     if recorder:
         recorder.write_metrics(state)
 
@@ -158,7 +161,8 @@ def _train(config: dict[str, Any], stack: contextlib.ExitStack) -> None:
             recorder.write_metrics(state)
             recorder.send_metrics(point)
         # Prefer the first of equal epochs; Ray Train would keep the last.
-        _report({**point, "selection": selection - 1e-12 * epoch}, uploads, loop, state, folder)
+        metrics, leaving = {**point, "selection": selection - 1e-12 * epoch}, preemption.info is not None
+        _report(metrics, uploads, loop, state, folder, wait=leaving)
         watchdog.beat()
     loop.callbacks.on_train_end()
 

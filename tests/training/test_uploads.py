@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -85,6 +89,24 @@ def test_checkpoints_do_not_fill_the_local_disk(tmp_path: Path, monkeypatch: pyt
     uploads.shutil.rmtree(folders[0])  # as Ray Train does after an upload
     last.join(10)
     assert reported == folders
+
+
+def test_workers_without_a_checkpoint_wait_too_and_count_as_alive(tmp_path: Path) -> None:
+    """Otherwise the watchdog would end them while rank 0 waits for a slow store."""
+    others, beats = iter([True, True, False]), []
+    uploads.Uploads(tmp_path, lambda own: own or next(others), lambda: beats.append(1)).wait(1)
+    assert len(beats) == 2
+
+
+def test_checkpoints_of_killed_workers_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = "import os, pathlib; from ray_cxr.training.uploads import Uploads; "
+    code += "Uploads(pathlib.Path()).make_folder(); os._exit(1)"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    (left,) = tmp_path.iterdir()
+    own = uploads.Uploads(tmp_path).make_folder()
+    uploads.Uploads(tmp_path)
+    assert (left.exists(), own.exists()) == (False, True)
 
 
 def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
