@@ -83,10 +83,16 @@ def has_labels(node: Node, selector: Labels) -> bool:
 
 
 def check_labels(required: Labels, preferred: Labels) -> None:
-    """Raise ConfigError if a label selector is not in Ray's form."""
+    """Raise ConfigError if a label selector is not in Ray's form, or if the two of them use one label."""
     for name, labels in (("label_selector", required), ("prefer", preferred)):
+        if any("=" in value for value in labels.values()):
+            raise ConfigError(f"ray.{name}={_format(labels)}: write LABEL=VALUE, LABEL=!VALUE or LABEL=in(A, B)")
         if problem := ray_api.explain_labels(labels):
             raise ConfigError(f"ray.{name}={_format(labels)}: {problem}")
+    if both := required.keys() & preferred.keys():
+        raise ConfigError(f"ray.prefer: {min(both)} is in ray.label_selector too; use each label in one of them")
+    if NODE_ID in preferred:
+        raise ConfigError(f"ray.prefer: {NODE_ID} cannot be preferred; require it with ray.label_selector")
 
 
 def wait_for_node(on_head: bool | None, required: Labels, on_event: Callable[[str], None] = logger.warning) -> None:
@@ -137,7 +143,7 @@ def select_nodes(on_head: bool | None, required: Labels, preferred: Labels) -> N
     if on_head is False and not workers:
         raise ConfigError("ray.on_head=false: no other node has a CPU; omit it, or let a node join")
     head = next((node for node in list_alive() if HEAD in node["Resources"]), None)
-    if head and workers and head not in workers and on_head is not True:
+    if head and workers and head not in workers and on_head is not True and NODE_ID not in required:
         required = {**required, NODE_ID: f"!{head['NodeID']}"}
     placement = Placement(required, preferred)
     if preferred and not any(has_labels(node, preferred) for node in list_nodes()):

@@ -328,8 +328,11 @@ class TrainSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _worker_range(cls, values: Any) -> Any:
-        if isinstance(values, dict) and (found := _RANGE.fullmatch(str(values.get("workers", "")))):
+        text = str(values.get("workers", "")) if isinstance(values, dict) else ""
+        if found := _RANGE.fullmatch(text):
             return {**values, "min_workers": int(found[1]), "workers": int(found[2])}
+        if re.match(r"\d+-", text):
+            raise ValueError(f"workers: {text}: must be a range such as 2-8")
         return values
 
     @model_validator(mode="after")

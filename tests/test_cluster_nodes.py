@@ -182,6 +182,23 @@ def test_nodes_with_other_labels_do_no_work(nodes: Nodes, monkeypatch: pytest.Mo
         cluster.wait_for_node(None, {"market": "sopt"})
 
 
+@pytest.mark.parametrize(
+    ("required", "preferred"),
+    [({"a": "b=c"}, {}), ({"zone": "in(a, b)"}, {"zone": "!b"}), ({}, {cluster.NODE_ID: "!b"})],
+)
+def test_selectors_that_would_not_hold_are_refused(required: dict[str, str], preferred: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"^ray\."):
+        cluster.check_labels(required, preferred)
+
+
+def test_a_required_node_is_the_only_one_that_works(nodes: Nodes) -> None:
+    nodes += [node("h", 1), node("a", 2), node("b", 2)]
+    for each in nodes:
+        each["Labels"][cluster.NODE_ID] = each["NodeID"]
+    cluster.select_nodes(None, {cluster.NODE_ID: "a"}, {})
+    assert [each["NodeID"] for each in cluster.list_nodes()] == ["a"]
+
+
 def test_processes_that_should_last_avoid_spot_machines(nodes: Nodes) -> None:
     nodes += [node("h", 4), node("a", 8, **{"ray.io/market-type": "on-demand"})]
     assert cluster.avoid_spot("CPU", 2, 1) == {}, "no machine is a spot machine"

@@ -187,7 +187,27 @@ def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None =
         )
     # Workers that fit the preferred nodes, and the others when these are lost.
     cpus = min([cpus, *filter(None, (fit(list_slots(group)) for group in groups))])
+    if settings.min_workers is not None:
+        _refuse_counted_nodes(settings, cpus, use_gpu=use_gpu)
     return cpus, _count_workers(nodes, cpus) // least
+
+
+def _refuse_counted_nodes(settings: TrainSettings, cpus: int, *, use_gpu: bool) -> None:
+    """Refuse a varying number of workers if nodes that may not work could hold some.
+
+    Ray counts the workers that fit on all nodes, whatever their labels, and would wait for these without a message.
+    """
+    allowed = {node["NodeID"] for node in cluster.list_nodes()}
+    others = [node for node in cluster.list_alive() if node["NodeID"] not in allowed]
+    gpus = settings.gpus_per_worker if use_gpu else 0.0
+    counted = [n for n in others if n["Resources"].get("CPU", 0) >= cpus and n["Resources"].get("GPU", 0) >= gpus]
+    if counted:
+        names = ", ".join(node["NodeManagerAddress"] for node in counted[:3])
+        raise ConfigError(
+            f"workers={settings.min_workers}-{settings.workers}: Ray would wait for workers on nodes that may not work "
+            f"({names}{', ...' if len(counted) > 3 else ''}); start the head with --num-cpus=0, set ray.on_head=true, "
+            "or use a fixed number of workers"
+        )
 
 
 def _fit_cpus(nodes: Sequence[tuple[float, float]], workers: int, requested: int | None) -> int | None:

@@ -30,7 +30,7 @@ from ray_cxr import cluster
 from ray_cxr.cli import main
 from ray_cxr.config import DEFAULT_RULE, TrainSettings, build
 from ray_cxr.data.prepared import PreparedSet
-from ray_cxr.errors import LeakError, OutputError, RayCxrError, TableError
+from ray_cxr.errors import ConfigError, LeakError, OutputError, RayCxrError, TableError
 from ray_cxr.labels import FINDINGS
 from ray_cxr.models import importing, runtime
 from ray_cxr.models.bundle_writer import derive_bundle
@@ -413,6 +413,21 @@ def test_workers_fit_the_preferred_nodes_and_the_others(spot, others, workers, e
     monkeypatch.setattr(cluster, "list_nodes", lambda: nodes)
     monkeypatch.setattr(cluster, "placement", cluster.Placement(preferred={"m": "spot"}))
     assert planning.plan_resources(TrainSettings(workers=workers), use_gpu=False) == expected
+
+
+def test_varying_workers_are_refused_where_ray_counts_nodes_that_may_not_work(monkeypatch) -> None:
+    nodes = [
+        {"NodeID": name, "Resources": {"CPU": cpus}, "Labels": {"n": name}, "NodeManagerAddress": name}
+        for name, cpus in (("head", 2.0), ("a", 2.0), ("b", 2.0))
+    ]
+    monkeypatch.setattr(cluster, "list_alive", lambda: nodes)
+    monkeypatch.setattr(cluster, "placement", cluster.Placement({"n": "!head"}))
+    varying = TrainSettings(workers=2, min_workers=1)
+    with pytest.raises(ConfigError, match=r"^workers=1-2: .*\(head\)"):
+        planning.plan_resources(varying, use_gpu=False)
+    assert planning.plan_resources(TrainSettings(workers=2), use_gpu=False) == (2, 1)
+    nodes[0]["Resources"]["CPU"] = 1.0  # too few for a worker
+    assert planning.plan_resources(varying, use_gpu=False)[0] == 2
 
 
 def test_validation_images_that_trained_the_starting_bundle_are_refused(prepared: Path, tmp_path: Path) -> None:
