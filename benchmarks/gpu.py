@@ -134,15 +134,18 @@ def measure_batch(model: Any, batch: int, decoding: Decoding, scale: Scale, *, j
 
 
 def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
+    from ray_cxr.errors import RayCxrError
     from ray_cxr.models import runtime
 
     started, scale = time.monotonic(), choose_scale(arguments.cpu)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
+    result["gpu"] = found = {**scale._asdict(), "jit_compile": arguments.jit, "rows": rows, "skipped": skipped}
     with tempfile.TemporaryDirectory(prefix="ray_cxr-gpu-") as folder:
         decoding = Decoding(Path(folder) / "phantoms", scale)
         for precision in scale.precisions:
             policy = "float32" if arguments.cpu else runtime.prepare_gpu(precision)
+            found["device"] = "CPU" if arguments.cpu else runtime.describe_gpu().name
             if precision == "bf16" and policy == "float32":
                 skipped.append("bf16 (this GPU has no bfloat16)")
                 continue
@@ -151,16 +154,13 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
                 if time.monotonic() - started > LIMIT_S:
                     skipped.append(f"{precision} in batches of {batch} (no time was left)")
                     continue
-                rows.append({"precision": precision, **measure_batch(model, batch, decoding, scale, jit=arguments.jit)})
-    device = "CPU" if arguments.cpu else runtime.describe_gpu().name
-    result["gpu"] = {
-        **scale._asdict(),
-        "device": device,
-        "jit_compile": arguments.jit,
-        "decode_images_per_second": decoding.rate,
-        "rows": rows,
-        "skipped": skipped,
-    }
+                try:
+                    row = measure_batch(model, batch, decoding, scale, jit=arguments.jit)
+                except RayCxrError as error:  # out of memory, for example
+                    skipped.append(f"{precision} in batches of {batch} ({error})")
+                    continue
+                rows.append({"precision": precision, **row})
+    found["decode_images_per_second"] = decoding.rate
     show(result)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -48,8 +49,12 @@ def add_commands(commands: Any) -> None:
 def _benchmark(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides, section="score")
     for option, value in (("--count", arguments.count), ("--seconds", arguments.seconds)):
-        if not value > 0:
-            raise ConfigError(f"{option} {value}: must be greater than 0")
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{option} {value}: must be a number greater than 0")
+    if settings.ray.address:
+        raise ConfigError("ray.address: benchmark measures this machine alone, without Ray; remove it")
+    if arguments.json is not None and Path(arguments.json).is_dir():
+        raise ConfigError(f"--json {arguments.json}: is a folder; pass the name of a file")
     if arguments.json is not None and not Path(arguments.json).absolute().parent.is_dir():
         raise ConfigError(f"--json {arguments.json}: its folder does not exist; create it first")
     with Stage("checking the model", in_log=False):
@@ -92,5 +97,5 @@ def _print_result(result: Benchmark, count: int) -> None:
 def _format_row(found: Measurement, count: int) -> list[str]:
     rates = [f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}" for rate in (found.rate, *found.range)]
     memory = costs.format_size(found.memory) + (f", GPU {costs.format_size(found.gpu_memory)}" * bool(found.gpu_memory))
-    duration = format_duration(count / found.rate)
+    duration = format_duration(count / found.rate) if found.is_prediction else ""
     return [found.part, found.precision or "", *rates, f"{found.cpu_ms:.1f}", duration, memory]

@@ -236,9 +236,15 @@ class ThreadedRuntime(Runtime):
             slot = self._idle.get_nowait()
         except queue.Empty:
             self.usage.add(waiting=1)
-            slot = self._idle.get()
-            self.usage.add(waiting=-1)
-        return self._pool.submit(self._run, slot, batch, n)
+            try:
+                slot = self._idle.get()
+            finally:
+                self.usage.add(waiting=-1)
+        try:
+            return self._pool.submit(self._run, slot, batch, n)
+        except RuntimeError:  # after `close`; others that wait for a slot must get this error too
+            self._idle.put(slot)
+            raise
 
     def _run(self, slot: Any, batch: np.ndarray, n: int) -> Outputs:
         self.usage.add(running=1)
@@ -415,6 +421,22 @@ def prepare_gpu(precision: str) -> str:
 
     tf.config.experimental.enable_tensor_float_32_execution(False)  # TF32 keeps 10 of 23 bits
     return "float32"
+
+
+class GpuInfo(NamedTuple):
+    """Name of the first GPU, number of GPUs of this process, and the most bytes that TensorFlow used on the first."""
+
+    name: str
+    gpus: int
+    peak_bytes: int
+
+
+def describe_gpu() -> GpuInfo:
+    from ray_cxr.models.keras_setup import tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
+    return GpuInfo(str(name), len(gpus), int(tf.config.experimental.get_memory_info("GPU:0")["peak"]))
 
 
 def make_deterministic() -> None:

@@ -100,6 +100,8 @@ class BenchmarkRequest:
             raise ConfigError(f"--images {redact(self.images)}: a PACS is not measured; pass a folder of files")
         if self.settings.decode == "apart" and not self.use_gpu:
             raise ConfigError("decode=apart: is not measured on CPUs; remove it")
+        if self.settings.jit_compile and not self.use_gpu:
+            raise ConfigError("jit_compile: compiles models on GPUs only; remove it, or add --gpu")
 
 
 class Round(NamedTuple):
@@ -127,6 +129,11 @@ class Measurement:
     last_rate: float = 0.0
     memory: int = 0
     gpu_memory: int = 0
+
+    @property
+    def is_prediction(self) -> bool:
+        """Whether `score` runs at this rate."""
+        return self.part == BOTH
 
     @property
     def rate(self) -> float:
@@ -205,8 +212,8 @@ class Benchmark:
 
     @property
     def fastest(self) -> str:
-        """The precision in which the model is fastest."""
-        runs = [found for found in self.measurements if found.part == MODEL]
+        """The precision in which images are decoded and scored fastest."""
+        runs = [found for found in self.measurements if found.part == BOTH]
         return str(max(runs, key=lambda found: found.rate).precision)
 
     def compute_share(self, precision: str) -> float:
@@ -255,7 +262,10 @@ class Benchmark:
             else:
                 work = f"decoding takes {decode.cpu_ms:.1f} ms of a core per image, the model {model.cpu_ms:.1f}"
             limit = self.find_limit(str(both.precision))
-            lines.append(f"{both.precision}: {work}; {_REMEDIES[limit, self.use_gpu]}")
+            remedy = _REMEDIES[limit, self.use_gpu]
+            if both.precision == "int8":
+                remedy = remedy.replace("a lower precision, ", "")  # there is none
+            lines.append(f"{both.precision}: {work}; {remedy}")
         lines.append(
             f"score adds the start of Ray, about {costs.RAY_S:.0f} s per run; on a cluster, divide the time by the "
             "number of such machines (docs/speed.md)"
@@ -409,7 +419,7 @@ def _mean_size(paths: Sequence[str]) -> int | None:
     return round(statistics.mean(sizes)) if sizes else None
 
 
-def _describe_device(gpu: GpuInfo | None) -> dict[str, Any]:
+def _describe_device(gpu: runtime.GpuInfo | None) -> dict[str, Any]:
     core = runtime.import_openvino().Core()
     return {
         "cpu": str(core.get_property("CPU", "FULL_DEVICE_NAME")),
@@ -482,28 +492,12 @@ def _watch_parent() -> None:
     threading.Thread(target=wait, name="parent", daemon=True).start()
 
 
-class GpuInfo(NamedTuple):
-    """Name of the first GPU, number of GPUs of this process, and the most bytes that TensorFlow used on the first."""
-
-    name: str
-    gpus: int
-    peak_bytes: int
-
-
-def _describe_gpu() -> GpuInfo:
-    from ray_cxr.models.keras_setup import tf
-
-    gpus = tf.config.list_physical_devices("GPU")
-    name = tf.config.experimental.get_device_details(gpus[0]).get("device_name", "GPU")
-    return GpuInfo(str(name), len(gpus), int(tf.config.experimental.get_memory_info("GPU:0")["peak"]))
-
-
 class _Opened(NamedTuple):
     """Number of images that could be read, failures by error code, and the GPU."""
 
     readable: int
     failures: dict[str, int]
-    gpu: GpuInfo | None
+    gpu: runtime.GpuInfo | None
 
 
 class _Actor(ScoreActor):
@@ -516,7 +510,7 @@ class _Actor(ScoreActor):
         self._images = [outcome for outcome in outcomes if isinstance(outcome, DecodedImage)]
         self._rows = rows.filter(pa.array(isinstance(outcome, DecodedImage) for outcome in outcomes))
         codes = Counter(outcome.code for outcome in outcomes if isinstance(outcome, Failure))
-        self.opened = _Opened(len(self._rows), dict(codes), _describe_gpu() if job.use_gpu else None)
+        self.opened = _Opened(len(self._rows), dict(codes), runtime.describe_gpu() if job.use_gpu else None)
 
     def run_part(self, part: str, images: int) -> None:
         """Read and score this number of images, which repeat."""
@@ -549,7 +543,7 @@ def _run_round(job: ScoreJob, cpus: int, part: str, images: int) -> Round:
     used = _count_cpu_s() - before
     processes = [psutil.Process(), *psutil.Process().children()]
     memory = sum(_measure_memory(process) for process in processes)
-    return Round(images, used, memory, _describe_gpu().peak_bytes if job.use_gpu else 0)
+    return Round(images, used, memory, runtime.describe_gpu().peak_bytes if job.use_gpu else 0)
 
 
 def _count_cpu_s() -> float:

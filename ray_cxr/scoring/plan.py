@@ -160,7 +160,7 @@ class ScoreReport:
             remedy = "more CPUs to decode, or score --prepared," if pool.decode_apart else "a faster disk"
             return f"the model waited for images {model:.0%} of the time; {remedy} would help"
         if images >= _MIN_SHARE:
-            remedy = "more GPUs, or --set score.jit_compile=true," if pool.gpus else "--set score.decode=inside"
+            remedy = "more GPUs" if pool.gpus else "--set score.decode=inside"
             return f"images waited for the model {images:.0%} of the time; {remedy} would help"
         return None
 

@@ -228,8 +228,9 @@ def test_keras_batches_overlap_and_equal_predict_on_batch(tiny_bundle, images: n
         np.testing.assert_array_equal(found.probabilities, probabilities)
         np.testing.assert_array_equal(found.features, features)
     opened.close()
-    with pytest.raises(RuntimeError):
-        opened.submit(images[:1])
+    for _ in range(5):  # more than there are slots
+        with pytest.raises(RuntimeError):
+            opened.submit(images[:1])
 
 
 class OnGpu:
