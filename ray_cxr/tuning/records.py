@@ -70,8 +70,10 @@ def build_trial_table(plan: StudyPlan, study: optuna.Study) -> pd.DataFrame:
 
 
 def _build_row(plan: StudyPlan, trial: FrozenTrial) -> dict[str, Any]:
-    curve = read_metrics(plan.folder(trial.number))
     values, attributes = plan.space.values(trial.params), trial.user_attrs
+    # Without the epochs that a stopped trial trained while the one that decided was being stored.
+    last = attributes.get("epochs", math.inf)
+    curve = [point for point in read_metrics(plan.folder(trial.number)) if point["epoch"] <= last]
     scored = [point for point in curve if point["val_auroc"] is not None]
     best = max(scored, key=lambda point: point["val_auroc"], default={})
     return {

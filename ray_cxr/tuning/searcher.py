@@ -82,7 +82,7 @@ class StudySearcher(OptunaSearch):
             # Optuna suggests the values of the earlier run again.
             trial = optuna.trial.Trial(self.study, self._get_frozen(self.unfinished.pop(0))._trial_id)
         else:
-            trial = self._retry(self.study.ask)
+            trial = self._ask()
         self._retry(lambda: self.plan.space.suggest(trial))
         self._ot_trials[trial_id] = trial
         self.count_start(trial_id)
@@ -98,6 +98,22 @@ class StudySearcher(OptunaSearch):
             "folder": remote.to_address(folder),
             "settings": settings.model_dump(mode="json"),
         }
+
+    def _ask(self) -> optuna.trial.Trial:
+        """Return the next trial; after an error, the one that Optuna may have created before it."""
+        is_repeated = False
+
+        def ask() -> optuna.trial.Trial:
+            nonlocal is_repeated
+            if is_repeated:
+                known = {trial.number for trial in self._ot_trials.values()}
+                for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                    if trial.number not in known:
+                        return optuna.trial.Trial(self.study, trial._trial_id)
+            is_repeated = True
+            return self.study.ask()
+
+        return self._retry(ask)
 
     def _get_frozen(self, number: int) -> FrozenTrial:
         return self._retry(lambda: self.study.get_trials(deepcopy=False)[number])
@@ -137,12 +153,14 @@ class StudySearcher(OptunaSearch):
         if values is None:
             self.fail(trial_id, f"it has no {' and '.join(self._objectives)}")
             return
+        # Training may be ahead of the epochs that are stored and reported.
+        self._write(lambda: trial.set_user_attr("epochs", int(result["epoch"])))
         if finished or self._is_multi_objective:
             self._write(lambda: trial.set_user_attr("state", "finished" if finished else "stopped"))
-            self._write(lambda: self.study.tell(trial, values))
+            self._write(lambda: self._tell(trial, values))
         else:
             self.on_trial_result(trial_id, result)
-            self._write(lambda: self.study.tell(trial, state=TrialState.PRUNED))
+            self._write(lambda: self._tell(trial, state=TrialState.PRUNED))
         self._completed_trials.add(trial_id)
         self._failed_in_row = 0
 
@@ -152,9 +170,13 @@ class StudySearcher(OptunaSearch):
             return
         trial = self._ot_trials[trial_id]
         self._write(lambda: trial.set_user_attr("reason", one_line(reason)[:500]))
-        self._write(lambda: self.study.tell(trial, state=TrialState.FAIL))
+        self._write(lambda: self._tell(trial, state=TrialState.FAIL))
         self._completed_trials.add(trial_id)
         self._failed_in_row = 0 if read_metrics(self.plan.folder(trial.number)) else self._failed_in_row + 1
+
+    def _tell(self, trial: optuna.trial.Trial, *values: Any, **state: Any) -> None:
+        # A trial has ended already if a database has stored its end, but its answer was lost.
+        self.study.tell(trial, *values, **state, skip_if_finished=True)
 
     def _write(self, write: Callable[[], Any]) -> None:
         self._retry(write)

@@ -125,7 +125,8 @@ class ReportForwarder(TuneReportCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         if metrics[0]["selection"] != UNSCORED:
-            self._curve.append(metrics[0])
+            # A trial that was lost repeats epochs that it had reported, but not stored.
+            self._curve = [point for point in self._curve if point["epoch"] < metrics[0]["epoch"]] + [metrics[0]]
             super().after_report(run_context, [build_report(self._curve, self._rate)], None)
 
     def wait(self) -> None:

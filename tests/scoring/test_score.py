@@ -78,7 +78,7 @@ def test_stages_of_start_up_add_up() -> None:
             r"model waited for images 62%.*CPUs.*--prepared",
         ),
         (ActorPlan(1, 0, gpus=1), Usage(100, 62, 1), r"model waited for images 62%(?!.*--prepared)"),
-        (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(100, 5, 80), r"images waited.* 80%.*jit_compile"),
+        (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(100, 5, 80), r"images waited.* 80%.*more GPUs"),
         (ActorPlan(1, 1, decode_apart=True), Usage(100, 5, 80), r"images waited.* 80%.*decode=inside"),
         (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(100, 5, 9), None),
         (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(1, 0.9, 0), None),

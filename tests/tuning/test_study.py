@@ -28,7 +28,8 @@ from ray_cxr.storage import atomic
 from ray_cxr.storage.remote import to_path
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.tuning import plan as plans
-from ray_cxr.tuning import records, storage
+from ray_cxr.tuning import records, searcher, storage
+from ray_cxr.tuning import trial as trial_module
 from ray_cxr.tuning.plan import StudyPlan
 
 BASE = TrainSettings(backbone="TinyCNN", weights="none", size=64, epochs=4, batch_size=8)
@@ -561,3 +562,42 @@ def test_a_search_is_finished_with_all_trials_and_a_bundle(prepared: Path, tmp_p
     assert not plan_of(prepared, tmp_path, trials=5).is_finished()
     (tmp_path / "bundle").rmdir()
     assert not plan.is_finished()
+
+
+def test_a_database_that_fails_in_between_loses_no_trial(prepared: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(searcher, "time", SimpleNamespace(sleep=lambda seconds: None))
+    plan = plan_of(prepared, tmp_path / "study", enqueue=({"dropout": 0.3},))
+    study = plan.open_study()
+    search = searcher.StudySearcher(plan, study, 1)
+    create, store, errors = optuna.trial.Trial.__init__, study._storage.set_trial_state_values, iter([True, True])
+
+    def lose_created(self: Any, *args: Any) -> None:
+        if next(errors, False):
+            monkeypatch.setattr(optuna.trial.Trial, "__init__", create)
+            raise optuna.exceptions.StorageInternalError("the server closed the connection")
+
+    monkeypatch.setattr(optuna.trial.Trial, "__init__", lose_created)
+    assert search.suggest("a")["number"] == 0
+    assert search.get_values("a")["dropout"] == 0.3
+
+    def lose_answer(*args: Any, **options: Any) -> Any:
+        done = store(*args, **options)
+        monkeypatch.setattr(study._storage, "set_trial_state_values", store)
+        raise optuna.exceptions.StorageInternalError(f"lost after {done}")
+
+    monkeypatch.setattr(study._storage, "set_trial_state_values", lose_answer)
+    search.on_trial_complete("a", {"epoch": 2, "val_auroc": 0.7, "best_val_auroc": 0.7, "ended": 1})
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE]
+    write_curve(plan, 0, 0.6, 0.7, 0.9)  # the third was trained, but not stored
+    (row,) = records.build_trial_table(plan, study).to_dict("records")
+    assert (row["epochs"], row["val_auroc"]) == (2, 0.7)
+
+
+def test_a_repeated_epoch_replaces_the_one_that_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(trial_module.TuneReportCallback, "__init__", lambda self: None)
+    monkeypatch.setattr(trial_module.TuneReportCallback, "after_report", lambda self, run, found, _: sent.extend(found))
+    points = [epoch_row(n, value) | {"selection": value} for n, value in ((1, 0.6), (2, 0.7), (3, 0.9))]
+    forwarder = trial_module.ReportForwarder(points, None)
+    forwarder.after_report(None, [points[2] | {"val_auroc": 0.65}], None)
+    assert sent[0]["best_val_auroc"] == 0.7
