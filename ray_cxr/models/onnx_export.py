@@ -56,6 +56,11 @@ def _convert(bundle: Bundle, model: Any) -> bytes:
     size = bundle.input_spec.size
     image = tf.TensorSpec((None, size, size, 1), tf.uint8, name="image")
     traced = tf.function(lambda image: both(image, training=False), input_signature=[image], autograph=False)
+    if bundle.info.get("backbone") == "ConvNeXtTiny":
+        raise BundleError(
+            f"{bundle.location}: ONNX has no form of ConvNeXtTiny's grouped convolutions as Keras runs them; export "
+            "another backbone"
+        )
     with hide_user_settings():
         converted, _ = tf2onnx.convert.from_function(traced, input_signature=[image], opset=OPSET)
     about = {

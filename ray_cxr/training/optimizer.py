@@ -16,9 +16,6 @@ import numpy as np
 from ray_cxr.config import TrainSettings
 from ray_cxr.models.keras_setup import keras, tf
 
-#: Names of biases and of BatchNorm's weights: weight decay of these regularises nothing.
-NOT_DECAYED = ("bias", "gamma", "beta")
-
 
 class FlatOptimizer:
     """The optimizer of one stage of training, for the model's trainable weights.
@@ -37,8 +34,9 @@ class FlatOptimizer:
     ) -> None:
         self.weights = list(weights)
         has_decay = settings.optimizer == "adamw"
+        # Weight decay regularises nothing in vectors: biases, BatchNorm's weights and the scales of ConvNeXt's layers.
         keys = [
-            (rate, settings.weight_decay if has_decay and v.name not in NOT_DECAYED else 0.0)
+            (rate, settings.weight_decay if has_decay and len(v.shape) > 1 else 0.0)
             for v, rate in zip(self.weights, rates, strict=True)
         ]
         groups = sorted(set(keys), key=lambda key: (key[0], -key[1]))

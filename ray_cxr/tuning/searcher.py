@@ -174,9 +174,11 @@ class StudySearcher(OptunaSearch):
         self._completed_trials.add(trial_id)
         self._failed_in_row = 0 if read_metrics(self.plan.folder(trial.number)) else self._failed_in_row + 1
 
-    def _tell(self, trial: optuna.trial.Trial, *values: Any, **state: Any) -> None:
+    def _tell(
+        self, trial: optuna.trial.Trial, values: list[float] | None = None, state: TrialState | None = None
+    ) -> None:
         # A trial has ended already if a database has stored its end, but its answer was lost.
-        self.study.tell(trial, *values, **state, skip_if_finished=True)
+        self.study.tell(trial, values, state, skip_if_finished=True)
 
     def _write(self, write: Callable[[], Any]) -> None:
         self._retry(write)
