@@ -528,8 +528,8 @@ class CpuSampler:
                 # The title of a Ray worker overwrites its environment, so a child of a known process counts, too.
                 known = pid in self._seconds or int(stat[1]) in self._seconds
                 if known or mark in Path(f"/proc/{pid}/environ").read_bytes():
-                    # A process that ends has no name any more.
-                    name = read_name(pid) if stat[0] != "Z" else self._seconds[pid][0]
+                    # A process that ends has no name any more. The title of a Ray worker ends with what it runs now.
+                    name = read_name(pid).partition("(")[0] if stat[0] != "Z" else self._seconds[pid][0]
                     self._seconds[pid] = (name, (int(stat[11]) + int(stat[12])) / ticks)
                 else:
                     self._misses[pid] += 1
