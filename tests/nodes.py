@@ -231,7 +231,7 @@ class Nodes:
                 *before, str(BIN / "ray"), "start", "--block", "--disable-usage-stats",
                 "--object-store-memory=200000000", "--min-worker-port=0", "--max-worker-port=0", *ports, *arguments,
             ]  # fmt: skip
-            # A node keeps its own copies of files from a bucket, as on a machine of its own.
+            # A node keeps its own copies of files from a bucket, as on a separate machine.
             cache = str(self.folder / f"cache-{name}")
             # With its address, a node's process finds this cluster although other Rays run on this machine.
             changes = {"RAY_CXR_CACHE": cache, "RAY_ADDRESS": self.address}

@@ -367,7 +367,7 @@ def _note_children(images: EvaluationSet) -> list[str]:
         return []
     number = f"{is_child.sum():,} of {count_of(len(is_child), 'evaluated image')}"
     few = Patients.of(images.patients[is_child]).units < FEW_PATIENTS
-    shown = "are too few to show how good the model is for them" if few else "have a row in the table of subgroups"
+    shown = "are too few to evaluate the model on them" if few else "have a row in the table of subgroups"
     verb = "is of a child" if is_child.sum() == 1 else "are of children"
     return [f"{number} {verb} (under {ADULT} years). They are part of all results, and {shown}."]
 

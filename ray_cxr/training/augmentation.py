@@ -6,7 +6,7 @@ happens to an image. Each option has its own columns of random numbers, and so d
 Operations that change the meaning of a chest film are left out: vertical flips, inversion and solarisation, large
 rotations. Gray values carry no fixed unit between detectors and their post-processing, so changes of gray values keep
 the label; they are what `intensity` draws from, after RandAugment (Cubuk et al., NeurIPS 2020 workshops). Geometry has
-options of its own, because all of them together are one sampling of the image.
+separate options, because all of them together are one sampling of the image.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def mix_labels(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Choose a partner for each image, and return mixed labels and weights float32 [B,F], and the partners int [B].
 
-    MixUp (Zhang et al., ICLR 2018), with a share of its own for each image, from Beta(alpha, alpha). It replaces the
+    MixUp (Zhang et al., ICLR 2018), with a separate share for each image, from Beta(alpha, alpha). It replaces the
     column SHARE of `draws` [B,DRAWS], which `mix_images` reads. The partners permute the images that are `real`, bool
     [B]. A finding has a mixed label only where both images are labelled; elsewhere its weight is 0.
     """

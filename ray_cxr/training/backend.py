@@ -59,7 +59,7 @@ class Trainer(_rays.trainer):  # type: ignore[name-defined]
 class PreferredNodes(_rays.controller_callback):  # type: ignore[name-defined]
     """Start the workers on preferred nodes if these can hold all of them now, else on any node that may work.
 
-    Ray's placement groups have no fallback of their own. Ray Train asks at every start, also after a lost node.
+    Ray's placement groups have no fallback. Ray Train asks at every start, also after a lost node.
     """
 
     def __init__(self, selector: dict[str, str], resources: dict[str, float]) -> None:

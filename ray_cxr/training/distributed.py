@@ -49,7 +49,7 @@ class Replicas:
         return tf.function(lambda *args: self.run(function, *args), autograph=False)  # tracing is faster without it
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function in the strategy, within a graph. The function may exchange, but not in a loop of its own."""
+        """Call a function in the strategy, within a graph. The function may exchange, but not in a loop."""
         return self._strategy.run(function, args=args)
 
     def sum(self, values: Sequence[Any]) -> list[Any]:

@@ -195,7 +195,7 @@ def plan_resources(settings: TrainSettings, *, use_gpu: bool, runs: int | None =
 def _refuse_counted_nodes(settings: TrainSettings, cpus: int, *, use_gpu: bool) -> None:
     """Refuse a varying number of workers if nodes that may not work could hold some.
 
-    Ray counts the workers that fit on all nodes, whatever their labels, and would wait for these without a message.
+    Ray ignores labels when it counts the workers that fit on the nodes, and would wait for these without a message.
     """
     allowed = {node["NodeID"] for node in cluster.list_nodes()}
     others = [node for node in cluster.list_alive() if node["NodeID"] not in allowed]

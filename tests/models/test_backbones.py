@@ -30,7 +30,7 @@ APPLICATIONS = {
     "ConvNeXtTiny": keras.applications.convnext,
     "MobileNetV3Small": keras.applications.mobilenet_v3,
 }
-#: Backbones with a normalisation of their own in keras.applications, and whether ours keep it.
+#: Backbones that keras.applications normalises itself, and whether ours keep it.
 INSIDE = {"EfficientNetV2B0": True, "EfficientNetV2S": False, "ConvNeXtTiny": False, "MobileNetV3Small": True}
 SIZE = 64
 
