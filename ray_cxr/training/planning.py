@@ -76,6 +76,8 @@ def plan_training(prepared: str | Path, out: str | Path, settings: TrainSettings
         problem = f"{settings.batch_size} is not a multiple of {settings.workers} workers"
         raise ConfigError(f"batch_size: {problem}; use {multiple}")
     if settings.weights not in ("imagenet", "none"):
+        if "://" in settings.weights:
+            raise ConfigError(f"weights: {settings.weights}: copy the file or bundle to a disk that all nodes mount")
         if not Path(settings.weights).exists():
             raise ConfigError(f"weights: {settings.weights}: no such file or bundle; or use imagenet or none")
         if Path(settings.weights).suffix.lower() == ".onnx":

@@ -109,7 +109,7 @@ def _check_address(url: str) -> str:
     except (ArgumentError, ValueError):
         raise ConfigError(
             "tune.storage: not an Optuna storage; write a database URL such as sqlite:////data/studies.db or "
-            "postgresql://user@host/name"
+            "postgresql://user@host/name, or leave it out for STUDY/study.db"
         ) from None
     if "@" in (parts.host or ""):
         # The text before the second @, a part of the password, would be shown as the host.
@@ -129,6 +129,8 @@ def _check_driver(parts: URL) -> None:
     except ImportError as error:
         if error.name == "psycopg":
             raise ConfigError(f"tune.storage: {parts.drivername} {extras.install_hint('psycopg')}") from None
+        if error.name == "MySQLdb":  # SQLAlchemy's default, which PyPI lacks
+            raise ConfigError("tune.storage: write mysql+pymysql://..., and install the package pymysql") from None
         missing = f"the package {error.name}" if error.name else f"its driver ({first_line(error)})"
         raise ConfigError(f"tune.storage: {parts.drivername} needs {missing}; install it on this machine") from None
 

@@ -593,6 +593,11 @@ def test_a_database_that_fails_in_between_loses_no_trial(prepared: Path, tmp_pat
     assert (row["epochs"], row["val_auroc"]) == (2, 0.7)
 
 
+def test_the_driver_of_mysql_is_named() -> None:
+    with pytest.raises(ConfigError, match="pymysql"):
+        storage._check_address("mysql://u:secret@host/db")
+
+
 def test_a_repeated_epoch_replaces_the_one_that_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(trial_module.TuneReportCallback, "__init__", lambda self: None)
