@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -115,7 +116,7 @@ def test_command_names_its_missing_extra(
 
 def test_every_extra_is_declared_and_locked() -> None:
     for package, extra in extras.EXTRAS.items():
-        assert package in {line.split(">=")[0] for line in PROJECT["optional-dependencies"][extra]}
+        assert package in {re.split(r">=|\[", line)[0] for line in PROJECT["optional-dependencies"][extra]}
         assert not [line for line in PROJECT["dependencies"] if line.split(">=")[0] == package]
         locked = f"\n{package}==" in (ROOT / "requirements.lock").read_text(encoding="utf-8")
         assert locked == (extra not in ("cmaes", "onnx"))
