@@ -184,6 +184,7 @@ def local_train() -> Iterator[None]:
 
 @pytest.mark.long
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("local_train")
 @pytest.mark.parametrize("backbone", ["DenseNet201", "EfficientNetV2S", "ConvNeXtTiny"])
 def test_large_backbones_are_trained_scored_explained_and_exported(
