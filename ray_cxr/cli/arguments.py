@@ -261,7 +261,8 @@ def add_settings(parser: CommandParser, *sections: str, gpu: bool = False) -> No
         parser.add_argument("--gpu", action="store_true", help="use one GPU per worker or actor")
     others = "".join(f" {name}.KEY" for name in sections[1:])
     listed = wrap(", ".join([*keys, *others.split()]), "  ")
-    parser.epilog = f"{parser.epilog}\n\nkeys of --set, explained in docs/settings.md:\n{listed}"
+    purpose = " for the connection to a PACS" if sections[0] == "pacs" else ""
+    parser.epilog = f"{parser.epilog}\n\nkeys of --set{purpose}, explained in docs/settings.md:\n{listed}"
 
 
 def list_keys(section: str) -> list[str]:

@@ -58,6 +58,7 @@ def model_card(info: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> 
         subgroups=_subgroups(evaluation, rates),
         largest=sorted(evaluation.get("differences", []), key=lambda row: -abs(row["difference"]))[:_MAX_DIFFERENCES],
         calibration=_calibration(info),
+        worse_calibrated=_list_worse_calibrated(info),
         recalibration=_recalibration(info),
         rule=_describe_rule(info),
         alternatives=_alternatives(info),
@@ -160,18 +161,32 @@ def _interval(value: float | None, low: float | None, high: float | None, small:
 
 
 def _calibration(info: Mapping[str, Any]) -> str | None:
-    source = info["provenance"]
     fitted = {name: rule for name, rule in info["calibration"].items() if rule}
     if not fitted:
         return None
-    # After a recalibration, the errors of `evaluation` are those of the old calibration.
-    errors = {} if source.get("recalibrated") else source.get("evaluation", {}).get("findings", {})
+    errors = _calibration_errors(info)
     rows = {}
     for name, rule in fitted.items():
         rows[name] = [rule["method"], f"{rule['slope']:.4f}", f"{rule['intercept']:.4f}"]
         if errors:
             rows[name] += [_number(errors[name]["ece_raw"], 4), _number(errors[name]["ece_calibrated"], 4)]
     return _table(["method", "slope", "intercept", *(["error before", "error after"] if errors else [])], rows)
+
+
+def _calibration_errors(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the rows that hold the errors of this calibration; after a recalibration those of the old one remain."""
+    source = info["provenance"]
+    return {} if source.get("recalibrated") else source.get("evaluation", {}).get("findings", {})
+
+
+def _list_worse_calibrated(info: Mapping[str, Any]) -> list[str]:
+    """Return the calibrated findings whose calibration error on other patients is larger than without calibration."""
+    errors = {name: row for name, row in _calibration_errors(info).items() if info["calibration"].get(name)}
+    return [
+        name
+        for name, row in errors.items()
+        if None not in (row["ece_raw"], row["ece_calibrated"]) and row["ece_calibrated"] > row["ece_raw"]
+    ]
 
 
 def _recalibration(info: Mapping[str, Any]) -> str | None:

@@ -249,6 +249,9 @@ def _summarize_comparators(result: ReportResult) -> dict[str, list[str]]:
         verdicts = {row.verdict for row in (*measured.flags, *measured.scores, *measured.quality)} - {UNKNOWN}
         if verdicts == {INCONCLUSIVE}:
             sections["flags"] = [f"Drift from {baseline}: too few images to decide."]
+        if result.leak_check.shared_images:
+            shared = f"{result.leak_check.shared_images:,} of {count_of(result.n_images, 'image')}"
+            sections["flags"].append(f"{shared} trained or tuned the model, which hides drift of the others.")
     return sections
 
 

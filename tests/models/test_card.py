@@ -184,3 +184,25 @@ def test_card_of_an_imported_bundle_states_what_is_unknown_or_refused(whole: dic
         ):
             assert words in section(card, title)
     assert "no OpenVINO graph: off by 1" in model_card(info | {"runtimes_refused": "off by 1"}, [])
+
+
+def test_card_names_findings_that_calibration_made_worse(whole: dict[str, Any]) -> None:
+    cells = {name: cell | {"ece_raw": 0.02, "ece_calibrated": 0.01} for name, cell in cells_of(whole).items()}
+    worse = [name for name, rule in whole["calibration"].items() if rule][1:3]
+    for name in worse:
+        cells[name] |= {"ece_calibrated": 0.03}
+    for name in (UNLABELLED, RARE):
+        cells[name] |= {"ece_raw": None, "ece_calibrated": None}
+
+    def note(cells: dict[str, Any]) -> str | None:
+        evaluation = whole["provenance"]["evaluation"] | {"findings": cells}
+        card = model_card(whole | {"provenance": whole["provenance"] | {"evaluation": evaluation}}, [])
+        found = re.search(r"^The error is larger after calibration for (.*?):", section(card, "Calibration"), re.MULTILINE)
+        return found and found[1]
+
+    assert note(cells) == ", ".join(worse)
+    assert note({name: cell | {"ece_calibrated": cell["ece_raw"]} for name, cell in cells.items()}) is None
+
+
+def cells_of(whole: dict[str, Any]) -> dict[str, Any]:
+    return whole["provenance"]["evaluation"]["findings"]

@@ -48,7 +48,9 @@ def test_scores_without_labels_say_what_to_read_and_whether_to_trust_them(tmp_pa
     of_flagged = f"{(flags & (archive.split != 'test')).sum()} of the {flags.sum()} flagged images"
     counts = f"44 of 57 images, and {of_flagged}, were used to train or tune this model"
     assert f"{counts}; 1 more is of the same patients" in warning["text"]
-    assert "training image of this model" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "training image of this model" in page
+    assert "44 of 57" in page.partition('id="flags"')[2].partition("<details")[0]
     assert (metrics["leak_check"]["shared_images"], metrics["leak_check"]["related_images"]) == (44, 1)
     (trust,) = [sentence for sentence in sentences if "validation images" in sentence and "AUROC" in sentence]
     assert "45 validation images" in trust
