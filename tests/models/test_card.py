@@ -197,7 +197,8 @@ def test_card_names_findings_that_calibration_made_worse(whole: dict[str, Any]) 
     def note(cells: dict[str, Any]) -> str | None:
         evaluation = whole["provenance"]["evaluation"] | {"findings": cells}
         card = model_card(whole | {"provenance": whole["provenance"] | {"evaluation": evaluation}}, [])
-        found = re.search(r"^The error is larger after calibration for (.*?):", section(card, "Calibration"), re.MULTILINE)
+        text = section(card, "Calibration")
+        found = re.search(r"^The error is larger after calibration for (.*?):", text, re.MULTILINE)
         return found and found[1]
 
     assert note(cells) == ", ".join(worse)
