@@ -230,6 +230,9 @@ class TrainSettings(Settings):
     loss: Literal["bce", "weighted_bce", "focal", "asymmetric"] = Field(
         "weighted_bce", description="weighted_bce: the positives and the negatives of a finding weigh the same in total"
     )
+    balance: Literal["none", "findings"] = Field(
+        "none", description="weighted_bce: findings gives all findings the same total weight, also rare ones"
+    )
     focal_gamma: float = Field(2.0, ge=0.0, le=10.0, description="focal: down-weighting of easy images; 0 is bce")
     asymmetric_gamma_positive: float = Field(0.0, ge=0.0, le=10.0, description="asymmetric: focusing of positives")
     asymmetric_gamma_negative: float = Field(4.0, ge=0.0, le=10.0, description="asymmetric: focusing of negatives")
@@ -356,6 +359,7 @@ class TrainSettings(Settings):
         needs = [
             (self.optimizer == "sgd", "optimizer is not sgd", ("momentum",)),
             (self.optimizer == "adamw", "optimizer is not adamw", ("weight_decay",)),
+            (self.loss == "weighted_bce", "loss is not weighted_bce", ("balance",)),
             (self.loss == "focal", "loss is not focal", ("focal_gamma",)),
             (self.loss == "asymmetric", "loss is not asymmetric", asymmetric),
             (self.schedule == "plateau", "schedule is not plateau", ("plateau_patience", "plateau_factor")),

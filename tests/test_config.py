@@ -131,8 +131,12 @@ def test_settings_are_frozen_and_replace_validates_a_copy() -> None:
 
 
 def test_settings_without_effect_are_named() -> None:
-    chosen = config.TrainSettings(momentum=0.5, focal_gamma=1.0, plateau_factor=0.5, loss="focal")
-    assert chosen.list_unused() == ["momentum (optimizer is not sgd)", "plateau_factor (schedule is not plateau)"]
+    chosen = config.TrainSettings(momentum=0.5, focal_gamma=1.0, plateau_factor=0.5, loss="focal", balance="findings")
+    assert chosen.list_unused() == [
+        "momentum (optimizer is not sgd)",
+        "balance (loss is not weighted_bce)",
+        "plateau_factor (schedule is not plateau)",
+    ]
     assert config.TrainSettings().list_unused() == []
     frozen = config.TrainSettings(epochs=2, frozen_epochs=2, warmup_epochs=1)
     assert frozen.list_unused() == ["warmup_epochs (all epochs are frozen)"]

@@ -269,7 +269,7 @@ def _describe_model(m: Mapping[str, Any], table: Scores) -> dict[str, str]:
         "identity": _name("Model, SHA-256", ", ".join(m["digests"]["model"])),
         "updating": updating,
         "prediction": _name("ray-cxr score, precision", table.run.get("precision")),
-        "imbalance": _name("Loss", settings.get("loss")),
+        "imbalance": _join(_name("Loss", settings.get("loss")), _name("Balance", settings.get("balance"))),
         "output": _join(_name("Calibration", ", ".join(methods)), _name("Rule of the thresholds", ", ".join(rules))),
     }
 

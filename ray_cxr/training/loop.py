@@ -121,7 +121,8 @@ class Loop:
             layer.synchronized = settings.sync_batchnorm
         self._dropouts = [x.seed_generator for x in self.model.layers if isinstance(x, keras.layers.Dropout)]
         self._float16 = policy == "mixed_float16"
-        positive, negative = losses.compute_finding_weights(train.labels[:, self.columns], settings.loss)
+        values = train.labels[:, self.columns]
+        positive, negative = losses.compute_finding_weights(values, settings.loss, settings.balance)
         self._loss = losses.make_loss(settings, positive, negative)
         self._head_only: bool | None = None
         self._scheduled_rate: float | None = None

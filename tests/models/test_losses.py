@@ -90,6 +90,35 @@ def test_weights_balance_positives_and_negatives_of_a_finding() -> None:
         np.testing.assert_array_equal(compute_finding_weights(values, kind), np.ones((2, 3)))
 
 
+def test_balanced_findings_have_the_same_total_weight_and_the_same_sum() -> None:
+    """By hand: n * 2p(1-p) is 4, 1.5 and 0, whose sum is 5.5; each of the first two findings gets 2.75."""
+    values = np.array([[1, 1, 0]] * 1 + [[1, 0, 0]] * 2 + [[1, 0, -1]] * 1 + [[0, -1, 0]] * 4, dtype=np.int8)
+    positive, negative = compute_finding_weights(values, "weighted_bce", "findings")
+    assert positive.dtype == negative.dtype == np.float32
+    np.testing.assert_allclose(positive[:2], [0.5 * 2.75 / 4, 0.75 * 2.75 / 1.5], rtol=1e-6)
+    np.testing.assert_allclose(negative[:2], [0.5 * 2.75 / 4, 0.25 * 2.75 / 1.5], rtol=1e-6)
+    assert negative[2] == 0.0, "a finding without positives has no weight"
+    for kind in ("bce", "focal", "asymmetric"):
+        np.testing.assert_array_equal(compute_finding_weights(values, kind, "findings"), np.ones((2, 3)))
+
+
+def sum_weights(values: np.ndarray, balance: str) -> np.ndarray:
+    positive, negative = (x.astype(np.float64) for x in compute_finding_weights(values, "weighted_bce", balance))
+    return np.asarray(((values == 1) * positive + (values == 0) * negative).sum(axis=0))
+
+
+def test_the_weights_of_very_rare_findings_are_limited() -> None:
+    values = np.zeros((20_000, 5), dtype=np.int8)
+    for j, count in enumerate((1, 2, 40, 4000, 10_000)):
+        values[:count, j] = 1
+    plain, balanced = (sum_weights(values, balance) for balance in ("none", "findings"))
+    np.testing.assert_allclose(balanced[:3], 32 * plain[:3], rtol=1e-5)
+    assert balanced[3] == pytest.approx(balanced[4], rel=1e-5)
+    assert balanced.sum() == pytest.approx(plain.sum(), rel=1e-5)
+    rare = values[:, [2]]
+    np.testing.assert_allclose(sum_weights(rare, "findings"), sum_weights(rare, "none"))
+
+
 @each_case
 def test_value_and_gradient_are_those_of_the_plain_formula(case: dict[str, Any]) -> None:
     for seed, spread in ((1, 3.0), (2, 0.1), (3, 1.0), (4, 4.0)):

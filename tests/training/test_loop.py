@@ -44,6 +44,7 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"dropout": 0.5}, {}),
     ({"seed": 7}, {}),
     ({"loss": "bce"}, {"loss": "weighted_bce"}),
+    ({"balance": "findings"}, {}),
     (FOCAL, {"loss": "bce"}),
     (FOCAL | {"focal_gamma": 4.0}, FOCAL),
     (ASYMMETRIC | {"asymmetric_margin": 0.3}, ASYMMETRIC),
