@@ -99,9 +99,12 @@ def test_map_without_evidence_is_zero_and_its_overlay_gray() -> None:
     np.testing.assert_array_equal(draw_overlay(images[0, ..., 0], cells, side=SIZE), np.repeat(images[0], 3, axis=2))
 
 
-@pytest.mark.parametrize(
-    "backbone", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in backbones.BACKBONES if name != QUICK)]
-)
+#: One backbone of each family takes part in the gate.
+LEVELS = dict.fromkeys(("ResNet50", "DenseNet121", "ConvNeXtTiny"), pytest.mark.slow)
+OTHERS = [pytest.param(name, marks=LEVELS.get(name, pytest.mark.long)) for name in backbones.BACKBONES if name != QUICK]
+
+
+@pytest.mark.parametrize("backbone", [QUICK, *OTHERS])
 def test_every_backbone_has_maps(backbone: str) -> None:
     model = build_model(backbone, size=64)
     maps = GradCam(model).explain(make_images(1, 64), np.arange(14)[None]).maps
