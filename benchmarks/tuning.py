@@ -176,8 +176,8 @@ class Trainer:
             while self._progress.epochs_done < loop.settings.epochs:
                 self._train()
                 if self._progress.scores[-1] > found["val"]:
-                    with loop.optimizer.use_average():
-                        probabilities = loop.predict(feed, len(test))
+                    with loop.use_export_weights():
+                        probabilities = loop.predict(feed)
                     result = evaluate(test.labels[:, loop.columns], probabilities, loop.findings)
                     val, epoch = self._progress.scores[-1], self._progress.epochs_done
                     found = {"val": val, "test": result["macro_auroc"], "epoch": epoch}

@@ -259,6 +259,9 @@ class TrainSettings(Settings):
     ema: float | None = Field(
         None, gt=0.0, lt=1.0, description="momentum of averaged weights, to validate and export; null: no average"
     )
+    batchnorm_images: int = Field(
+        0, ge=0, description="training images to estimate BatchNorm's statistics on before each validation; 0: off"
+    )
     precision: Literal["auto", "float32", "mixed_bfloat16", "mixed_float16"] = Field(
         "auto", description="auto: float32 on CPUs, mixed on GPUs (bfloat16 if supported)"
     )
@@ -365,7 +368,8 @@ class TrainSettings(Settings):
             (self.schedule == "plateau", "schedule is not plateau", ("plateau_patience", "plateau_factor")),
             (self.frozen_epochs > 0, "frozen_epochs is 0", ("frozen_learning_rate",)),
             (stage > 0 or self.frozen_learning_rate is None, "all epochs are frozen", ("learning_rate",)),
-            (stage > 0, "all epochs are frozen", ("warmup_epochs", "layer_decay")),
+            (stage > 0, "all epochs are frozen", ("warmup_epochs", "layer_decay", "batchnorm_images")),
+            (self.backbone != "ConvNeXtTiny", "ConvNeXtTiny has no BatchNorm", ("batchnorm_images", "sync_batchnorm")),
             (self.intensity > 0, "intensity is 0", ("intensity_strength",)),
         ]
         return [

@@ -140,6 +140,8 @@ def test_settings_without_effect_are_named() -> None:
     assert config.TrainSettings().list_unused() == []
     frozen = config.TrainSettings(epochs=2, frozen_epochs=2, warmup_epochs=1)
     assert frozen.list_unused() == ["warmup_epochs (all epochs are frozen)"]
+    without = config.TrainSettings(backbone="ConvNeXtTiny", batchnorm_images=64)
+    assert without.list_unused() == ["batchnorm_images (ConvNeXtTiny has no BatchNorm)"]
 
 
 SECTIONS = config.Config.model_fields.items()

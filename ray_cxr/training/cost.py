@@ -95,9 +95,13 @@ def list_warnings(plan: TrainPlan) -> list[str]:
 
 
 def count_images(plan: TrainPlan) -> float:
-    """Return the images of an epoch; an image of the validation counts as a part, because it costs less."""
-    train = min(len(plan.data.usable("train")), plan.steps_per_epoch * plan.settings.images_per_step)
-    return train + VALIDATION_PART * len(plan.data.usable("val"))
+    """Return the images of an epoch; an image without gradients counts as a part, because it costs less.
+
+    These are the images of the validation, and those of `batchnorm_images`.
+    """
+    images = len(plan.data.usable("train"))
+    train = min(images, plan.steps_per_epoch * plan.settings.images_per_step)
+    return train + VALIDATION_PART * (len(plan.data.usable("val")) + min(images, plan.settings.batchnorm_images))
 
 
 def read_epochs(tables: list[Path], source: str) -> Rate | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ray_cxr.models.bundle import WEIGHTS, load_bundle
 from ray_cxr.models.keras_setup import keras, tf
 from ray_cxr.training import schedule
 from ray_cxr.training.augmentation import augment, mix_images
+from ray_cxr.training.batchnorm import StatisticsEstimator, list_statistics
 from ray_cxr.training.distributed import Replicas
 from ray_cxr.training.ingest import Batch, Feed
 from ray_cxr.training.optimizer import FlatOptimizer
@@ -116,9 +118,10 @@ class Loop:
                 source, order = source / WEIGHTS, load_bundle(source).findings
             self.random_layers = classifier.initialize_weights(self.model, architecture, source, order)
         self._logits = classifier.build_logits_model(self.model)
-        self._norms = [x for x in self.model.layers if isinstance(x, keras.layers.BatchNormalization)]
-        for layer in self._norms:
-            layer.synchronized = settings.sync_batchnorm
+        for layer in self.model.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.synchronized = settings.sync_batchnorm
+        self._statistics = list_statistics(self.model)
         self._dropouts = [x.seed_generator for x in self.model.layers if isinstance(x, keras.layers.Dropout)]
         self._float16 = policy == "mixed_float16"
         values = train.labels[:, self.columns]
@@ -132,6 +135,10 @@ class Loop:
         self._exported = self.model if policy == "float32" else classifier.build(architecture)
         exported = classifier.build_logits_model(self._exported)
         self._predict_step = replicas.compile(lambda images: tf.sigmoid(exported(images, training=False)))
+        self._estimator: StatisticsEstimator | None = None
+        if settings.batchnorm_images and self._statistics:
+            count = settings.batchnorm_images
+            self._estimator = StatisticsEstimator(replicas, self._exported, train, count, settings.seed)
 
     def _enter_stage(self, epoch: int) -> None:
         """Freeze or unfreeze the backbone for an epoch; each stage has its own optimizer and graph."""
@@ -288,7 +295,7 @@ class Loop:
 
         A weight that is not finite would show in the loss only one step later.
         """
-        self.replicas.average([v for layer in self._norms for v in (layer.moving_mean, layer.moving_variance)])
+        self.replicas.average(self._statistics)
         self.replicas.check_equal(self.list_shared(), f"epoch {epoch + 1}, step {batch.step + 1}")
         for variable in self.model.trainable_variables:
             if not np.isfinite(np.asarray(variable)).all():
@@ -307,11 +314,36 @@ class Loop:
             self.on_progress()
         return feed.join_shares(self.replicas.gather(np.stack(own)))
 
-    def validate(self) -> tuple[np.ndarray, dict[str, Any]]:
-        """Return the probabilities of all validation images, float32 [N,F], and the result of `evaluate` on them."""
+    @contextlib.contextmanager
+    def use_export_weights(self) -> Iterator[None]:
+        """Give the model the weights to validate and export while the block runs.
+
+        With `ema` these are averages, and with `batchnorm_images` BatchNorm's statistics are estimated for them.
+        Then training continues with its own. A frozen backbone keeps its statistics, on which the head is trained.
+        """
+        with self.optimizer.use_average():
+            if self._estimator is None or self._head_only:
+                yield
+                return
+            own = [np.asarray(v) for v in self._statistics]
+            try:
+                self._update_exported()
+                estimates = self._estimator.estimate(self.on_progress)
+                for variable, value in zip(self._statistics, estimates, strict=True):
+                    variable.assign(value)
+                yield
+            finally:
+                for variable, value in zip(self._statistics, own, strict=True):
+                    variable.assign(value)
+
+    def _update_exported(self) -> None:
         if self._exported is not self.model:
             for variable, value in zip(self._exported.variables, self.model.variables, strict=True):
                 variable.assign(value)
+
+    def validate(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the probabilities of all validation images, float32 [N,F], and the result of `evaluate` on them."""
+        self._update_exported()
         probabilities = self.predict(self._val_feed)
         return probabilities, evaluate(self.val.labels[:, self.columns], probabilities, self.findings)
 

@@ -175,7 +175,7 @@ def validate_epoch(loop: Loop, state: TrainState, epoch: EpochResult, folder: Pa
     from ray_cxr.training.loop import compute_cross_entropy, compute_selection_score
 
     start = time.monotonic()
-    with loop.optimizer.use_average():
+    with loop.use_export_weights():
         probabilities, result = loop.validate()
         if loop.replicas.rank == 0:
             loop.model.save_weights(str(folder / WEIGHTS))

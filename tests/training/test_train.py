@@ -193,6 +193,7 @@ def test_large_backbones_are_trained_scored_explained_and_exported(
     """With every option of training, through the commands that read a bundle."""
     options: dict[str, Any] = {"backbone": backbone, "epochs": 1, "accumulate": 2, "layer_decay": 0.8, "mixup": 0.2}
     options |= {"intensity": 2, "crop": 0.3, "erase": 0.1, "shear": 5.0, "optimizer": "adamw", "ema": 0.5}
+    options |= {"balance": "findings", "batchnorm_images": 32}
     assert command(*training_arguments(prepared, tmp_path / "run", **options))[0] == 0
     bundle = ray_cxr.load_bundle(tmp_path / "run" / "bundle")
     model = bundle.model()
