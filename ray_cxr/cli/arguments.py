@@ -262,7 +262,8 @@ def add_settings(parser: CommandParser, *sections: str, gpu: bool = False) -> No
     others = "".join(f" {name}.KEY" for name in sections[1:])
     listed = wrap(", ".join([*keys, *others.split()]), "  ")
     purpose = " for the connection to a PACS" if sections[0] == "pacs" else ""
-    parser.epilog = f"{parser.epilog}\n\nkeys of --set{purpose}, explained in docs/settings.md:\n{listed}"
+    heading = wrap(f"keys of --set{purpose}, explained in docs/settings.md:")
+    parser.epilog = f"{parser.epilog}\n\n{heading}\n{listed}"
 
 
 def list_keys(section: str) -> list[str]:

@@ -44,6 +44,7 @@ def make_hospital(root: Path, images: list[Path]) -> Path:
     return root / "train.csv"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_ray")
 def test_external_images_are_reported_as_such(
     tiny_bundle: Any, phantoms: Any, tmp_path: Path, command: Command

@@ -18,6 +18,7 @@ from ray_cxr.scoring.benchmark import DIFFERENT, Benchmark, ImageSource, Measure
 Command = Callable[..., tuple[int, str, str]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("auto", marks=pytest.mark.long)])
 def test_parts_are_measured_in_each_precision(
     precision: str,

@@ -251,6 +251,7 @@ def test_image_that_changed_since_scoring_gets_no_map(copy: Path, tiny_bundle, m
     assert {path.name for path in (copy / "heatmaps").glob("*.jpg")} == set(read_maps(copy)["overlay"].dropna())
 
 
+@pytest.mark.slow
 def test_maps_without_evidence_are_not_drawn(copy: Path, tiny_bundle, monkeypatch) -> None:
     part, rows = (
         copy / "heatmaps" / "part-00000.parquet",

@@ -223,6 +223,7 @@ def test_contrast_spreads_about_the_mean_of_the_image(draw: float, gain: float) 
         np.testing.assert_array_equal(change(halves, {"contrast": 0.9}, contrast=MOST), halves)
 
 
+@pytest.mark.slow
 def test_shares_of_a_batch_and_graphs_give_the_same_images() -> None:
     images = np.stack([noise(seed=seed) for seed in range(8)])[..., None]
     numbers, settings = draw_random(1, 2, 3, 8), TrainSettings(**ALL_ON, intensity=3)

@@ -63,6 +63,7 @@ def test_a_machine_that_goes_away_costs_seconds(monkeypatch) -> None:
     assert 12 < gaps.min() <= gaps.max() < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beats", [0, 1])
 def test_a_worker_that_waits_in_vain_ends_itself_and_says_so(beats: int, tmp_path: Path) -> None:
     """With `beats` the main thread makes progress all the time, so nothing happens."""

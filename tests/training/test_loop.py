@@ -101,6 +101,7 @@ def test_xla_takes_the_same_steps(monkeypatch) -> None:
         np.testing.assert_allclose(value, weights(plain)[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_flat_optimizer_takes_the_steps_of_keras(eager) -> None:
     """The same settings through a stock optimizer over the single weights give the same bits."""
     options = ADAMW | {"weight_decay": 0.1, "learning_rate": 0.01}
@@ -148,6 +149,7 @@ def test_batches_without_images_do_not_run(eager) -> None:
     assert_equal(weights(other), weights(one))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [SGD, ADAMW | {"weight_decay": 0.5}], ids=["sgd", "adamw"])
 def test_layer_decay_is_a_rate_for_each_stage(options: dict[str, Any], eager) -> None:
     options = options | {"learning_rate": 0.1}
