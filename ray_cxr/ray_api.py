@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 #: In the folder of a run of Ray Train: its list of complete checkpoints.
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
+#: In this JSON object: the latest checkpoint, an object with the `metrics` that were reported with it.
+LATEST_CHECKPOINT = "latest_checkpoint_result"
 #: Loggers of Ray Data: one shows progress, the other gets the exceptions of lost tasks, which Ray Data skips.
 PROGRESS_LOGGER = "ray.data._internal.progress"
 LOSS_LOGGER = "ray.data._internal.execution.streaming_executor_state"

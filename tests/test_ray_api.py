@@ -75,8 +75,11 @@ def uploads() -> None:
 
 def checkpoint_list() -> None:
     from ray.train.v2._internal import constants
+    from ray.train.v2._internal.execution.checkpoint import checkpoint_manager
 
     assert constants.CHECKPOINT_MANAGER_SNAPSHOT_FILENAME == ray_api.CHECKPOINT_LIST
+    assert ray_api.LATEST_CHECKPOINT in checkpoint_manager._CheckpointManagerState.model_fields
+    assert "metrics" in checkpoint_manager._TrainingResultState.model_fields
 
 
 def loggers() -> None:

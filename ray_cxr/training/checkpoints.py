@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
-from ray_cxr.errors import RayCxrError
-from ray_cxr.ray_api import CHECKPOINT_LIST
+from ray_cxr.errors import OutputError, RayCxrError
+from ray_cxr.ray_api import CHECKPOINT_LIST, LATEST_CHECKPOINT
 from ray_cxr.storage import remote
+from ray_cxr.storage.run_folder import read_json
+from ray_cxr.training.monitor import read_metrics
 from ray_cxr.training.worker import PROGRESS, UNSCORED
+
+#: Seconds before each further attempt to read a list of checkpoints, which Ray Train may be rewriting.
+_REWRITE_S = (0.1, 0.5, 2.0)
 
 
 def has_checkpoint(out: Path) -> bool:
@@ -18,11 +25,37 @@ def has_checkpoint(out: Path) -> bool:
     return (out / "ray" / CHECKPOINT_LIST).exists()
 
 
-def find_best_checkpoint(out: Path) -> Any:
-    """Return Ray Train's checkpoint of the best epoch that a run has finished; None if it has finished none."""
+def read_stored_epochs(out: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics.csv up to the latest checkpoint: the epochs that a bundle can have.
+
+    metrics.csv may be ahead: training continues while a checkpoint is being stored.
+
+    Raises:
+        OutputError: the list of checkpoints is damaged.
+    """
+    if not has_checkpoint(out):
+        return []
+    path = out / "ray" / CHECKPOINT_LIST
+    for wait in (*_REWRITE_S, None):
+        if latest := read_json(path).get(LATEST_CHECKPOINT):
+            metrics = latest["metrics"]
+            # A checkpoint within an epoch does not have that epoch.
+            last = metrics["epoch"] - (metrics["selection"] == UNSCORED)
+            return [point for point in read_metrics(out) if point["epoch"] <= last]
+        if wait is not None:
+            time.sleep(wait)
+    raise OutputError(f"{path}: damaged, so this run cannot continue; remove {out / 'ray'} to train it again")
+
+
+def find_best_checkpoint(out: Path, last: float = math.inf) -> Any:
+    """Return Ray Train's checkpoint of the best epoch up to `last`; None if the run has finished none."""
     if not has_checkpoint(out):
         return None
-    scored = [pair for pair in read_result(out).best_checkpoints if pair[1]["selection"] > UNSCORED]
+    scored = [
+        pair
+        for pair in read_result(out).best_checkpoints
+        if pair[1]["selection"] > UNSCORED and pair[1]["epoch"] <= last
+    ]
     return max(scored, key=lambda pair: pair[1]["selection"])[0] if scored else None
 
 

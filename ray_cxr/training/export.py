@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -33,9 +34,14 @@ from ray_cxr.versions import versions
 CURVES = "learning_curves.png"
 
 
-def export_bundle(plan: TrainPlan, to: Path, *, more: Mapping[str, Any] | None = None) -> Bundle:
-    """Write a bundle of the best epoch that a run has finished; `more` entries are added to its provenance."""
-    best = find_best_checkpoint(plan.out)
+def export_bundle(
+    plan: TrainPlan, to: Path, *, last: float = math.inf, more: Mapping[str, Any] | None = None
+) -> Bundle:
+    """Write a bundle of the best epoch up to `last` that a run has finished.
+
+    `more` entries are added to its provenance.
+    """
+    best = find_best_checkpoint(plan.out, last)
     if best is None:
         raise RayCxrError(f"{plan.out}: no epoch has finished yet, so there is no bundle to export; continue training")
     with tempfile.TemporaryDirectory(prefix="ray_cxr-") as name, best.as_directory() as source:
@@ -43,6 +49,7 @@ def export_bundle(plan: TrainPlan, to: Path, *, more: Mapping[str, Any] | None =
         checkpoint = Path(shutil.copytree(source, name, dirs_exist_ok=True))
         # The latest checkpoint has the curves of all epochs, the best one only those up to its own epoch.
         curves = read_progress(read_result(plan.out).checkpoint)["curves"]
+        curves = [point for point in curves if point["epoch"] <= last]
         content = _build_content(plan, checkpoint, curves, more or {})
         sample = exports.SampleImages(
             *(exports.sample_images(plan.data.load(split).images, plan.settings.seed) for split in ("train", "val"))

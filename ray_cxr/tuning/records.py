@@ -17,10 +17,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.labels import LABELS
-from ray_cxr.storage import atomic
-from ray_cxr.training.checkpoints import find_best_checkpoint
+from ray_cxr.storage import atomic, remote
+from ray_cxr.training.checkpoints import find_best_checkpoint, has_checkpoint, read_stored_epochs
 from ray_cxr.training.monitor import read_metrics
-from ray_cxr.training.worker import VALIDATION
+from ray_cxr.training.worker import METRICS, VALIDATION
 from ray_cxr.tuning.plan import StudyPlan, list_prepared_sizes
 from ray_cxr.tuning.space_table import accepts
 
@@ -69,11 +69,27 @@ def build_trial_table(plan: StudyPlan, study: optuna.Study) -> pd.DataFrame:
     return frame
 
 
+def read_curve(plan: StudyPlan, trial: FrozenTrial) -> list[dict[str, Any]]:
+    """Return the epochs of a trial that count: those that a checkpoint holds, or held until `drop_checkpoints`."""
+    folder = plan.folder(trial.number)
+    if get_state(trial) == "running" or has_checkpoint(folder):
+        return read_stored_epochs(folder)
+    return read_metrics(folder)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of an ended trial, but keep what `read_curve` and `load_validation` return."""
+    if has_checkpoint(folder):
+        copy_validation(folder)
+        lines = (folder / METRICS).read_bytes().splitlines(keepends=True)
+        if later := lines[1 + len(read_stored_epochs(folder)) :]:
+            atomic.write_bytes(folder / METRICS, b"".join(lines[: -len(later)]))
+    remote.remove_folder(folder / "ray")
+
+
 def _build_row(plan: StudyPlan, trial: FrozenTrial) -> dict[str, Any]:
     values, attributes = plan.space.values(trial.params), trial.user_attrs
-    # Without the epochs that a stopped trial trained while the one that decided was being stored.
-    last = attributes.get("epochs", math.inf)
-    curve = [point for point in read_metrics(plan.folder(trial.number)) if point["epoch"] <= last]
+    curve = read_curve(plan, trial)
     scored = [point for point in curve if point["val_auroc"] is not None]
     best = max(scored, key=lambda point: point["val_auroc"], default={})
     return {

@@ -52,22 +52,28 @@ class SearchResult:
 
 
 def write_trials(plan: StudyPlan, study: optuna.Study) -> pd.DataFrame:
-    """Write trials.parquet, copy the validation probabilities of ended trials, and return the rows."""
+    """Write trials.parquet, and return the rows."""
     rows = records.build_trial_table(plan, study)
     atomic.write_parquet(records.to_arrow(rows), plan.out / TABLE)
+    return rows
+
+
+def copy_validations(plan: StudyPlan, rows: pd.DataFrame) -> None:
+    """Copy the validation probabilities of ended trials; call it when no trial runs."""
     for number in rows.loc[rows["state"] != "running", "number"]:
         records.copy_validation(plan.folder(int(number)))
-    return rows
 
 
 def drop_checkpoints(plan: StudyPlan, study: optuna.Study, rows: pd.DataFrame, keep: Collection[int] = ()) -> None:
     """If `tune.keep` is `best`, remove the checkpoints of ended trials that cannot become the bundle, except `keep`."""
     if plan.settings.keep != "best":
         return
-    kept = {records.find_best_trial(rows), *records.list_pareto_front(study), *keep}
-    for number in rows.loc[rows["state"] != "running", "number"]:
+    # A running trial may still fail, so it does not replace the best one.
+    ended = rows[rows["state"] != "running"]
+    kept = {records.find_best_trial(ended), *records.list_pareto_front(study), *keep}
+    for number in ended["number"]:
         if int(number) not in kept:
-            remote.remove_folder(plan.folder(int(number)) / "ray")
+            records.drop_checkpoints(plan.folder(int(number)))
 
 
 def write_best_settings(plan: StudyPlan, settings: TrainSettings, rows: pd.DataFrame, best: int, cpus: int) -> None:
@@ -102,7 +108,8 @@ def export_best(
     remote.remove_folder(new)
     on_event(f"tune: exporting the bundle of trial {best}")
     with Stage("writing the bundle"):
-        export_bundle(plan_training(plan.prepared, plan.folder(best), settings), new, more={"tuned": origin})
+        run = plan_training(plan.prepared, plan.folder(best), settings)
+        export_bundle(run, new, last=epochs, more={"tuned": origin})
     if not in_bucket:
         remote.remove_folder(old)
         if target.exists():

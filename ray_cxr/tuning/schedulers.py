@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from ray_cxr.config import TuneSettings
-from ray_cxr.training.monitor import read_metrics
+from ray_cxr.storage import remote
+from ray_cxr.training.checkpoints import read_stored_epochs
 from ray_cxr.tuning.halving import Halving
 from ray_cxr.tuning.records import METRIC
 
@@ -42,9 +43,7 @@ def create_scheduler(
     if settings.scheduler == "none":
         return FIFOScheduler()
     if settings.scheduler == "halving":
-        return Halving(
-            settings, epochs, trials, processes, lambda trial: len(read_metrics(Path(trial.config["folder"])))
-        )
+        return Halving(settings, epochs, trials, processes, _count_epochs)
     if settings.scheduler == "median":
         # With a finite time slice the rule would pause trials, which restarts their workers.
         median = MedianStoppingRule(**common, min_samples_required=_MIN_MEDIAN_TRIALS, min_time_slice=math.inf)
@@ -63,6 +62,10 @@ def create_scheduler(
             asha.on_trial_result(None, trial, dict(report))
         asha.on_trial_remove(None, trial)
     return asha
+
+
+def _count_epochs(trial: Trial) -> int:
+    return len(read_stored_epochs(remote.to_path(trial.config["folder"])))
 
 
 def describe_scheduler(settings: TuneSettings) -> str:

@@ -26,7 +26,7 @@ from ray_cxr.errors import ConfigError, RayCxrError, last_line, own_error
 from ray_cxr.progress import Stage, TrialTable
 from ray_cxr.storage import remote
 from ray_cxr.storage.run_folder import lock
-from ray_cxr.training.checkpoints import has_checkpoint
+from ray_cxr.training.checkpoints import has_checkpoint, read_stored_epochs
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.training.planning import plan_resources
 from ray_cxr.training.trainer import advise
@@ -105,6 +105,7 @@ def search(
             ended = monitor.ended
         interrupted = ended < remaining and not searcher.gave_up
         rows = results.write_trials(plan, study)
+        results.copy_validations(plan, rows)
         wanted = 0 if interrupted or searcher.gave_up else settings.confirm
         runs = confirm.plan_runs(plan, study, rows, wanted)
         if wanted:
@@ -171,7 +172,7 @@ def _log_start(searcher: StudySearcher, done: int, concurrent: int, on_event: Ca
     if done:
         on_event(f"tune: {done} trials have already ended and are kept")
     for number in searcher.unfinished:
-        epochs = len(read_metrics(plan.folder(number)))
+        epochs = len(read_stored_epochs(plan.folder(number)))
         resumable = has_checkpoint(plan.folder(number))
         how = f"continues from its checkpoint, {epochs} epochs done" if resumable else "has no checkpoint: starts again"
         on_event(f"tune: trial {number} {how}")

@@ -153,8 +153,6 @@ class StudySearcher(OptunaSearch):
         if values is None:
             self.fail(trial_id, f"it has no {' and '.join(self._objectives)}")
             return
-        # Training may be ahead of the epochs that are stored and reported.
-        self._write(lambda: trial.set_user_attr("epochs", int(result["epoch"])))
         if finished or self._is_multi_objective:
             self._write(lambda: trial.set_user_attr("state", "finished" if finished else "stopped"))
             self._write(lambda: self._tell(trial, values))

@@ -25,7 +25,7 @@ from ray_cxr.models.architecture import Architecture
 from ray_cxr.storage import atomic, remote
 from ray_cxr.storage.run_folder import read_json
 from ray_cxr.training import trainer
-from ray_cxr.training.monitor import read_metrics
+from ray_cxr.training.checkpoints import read_stored_epochs
 from ray_cxr.training.planning import plan_training
 from ray_cxr.training.worker import UNSCORED
 
@@ -67,7 +67,7 @@ def run_trial(config: dict[str, Any], context: TrialContext) -> dict[str, Any]:
     rate, out = None, remote.to_path(context.out)
     if context.measure_threads is not None:
         rate = _measure_rate(out, run.architecture, run.data.input_spec, context.measure_threads)
-    curve = read_metrics(folder)
+    curve = read_stored_epochs(folder)
     for report in build_reports(curve, rate):
         tune.report(report)
     forwarder = ReportForwarder(curve, rate)

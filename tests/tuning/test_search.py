@@ -20,7 +20,7 @@ import optuna
 import pandas as pd
 import pytest
 from fake_tune import FakeTune
-from studies import get_refusal, load_study, read_rows
+from studies import get_refusal, load_study, read_rows, store_checkpoints
 
 from ray_cxr import cluster, config
 from ray_cxr.config import TrainSettings, TuneSettings
@@ -44,11 +44,11 @@ def fake_trial(
     """
 
     def epochs(given: dict[str, Any], job: Any) -> Iterator[dict[str, Any]]:
-        from ray_cxr.training.monitor import read_metrics
+        from ray_cxr.training.checkpoints import read_stored_epochs
         from ray_cxr.tuning import trial
 
         number, folder, notes = given["number"], Path(given["folder"]), Path(job.out) / "notes"
-        curve, rate = read_metrics(folder), rates and rates[number]
+        curve, rate = read_stored_epochs(folder), rates and rates[number]
 
         def note(what: str) -> None:
             with open(notes, "a", encoding="utf-8") as file:
@@ -70,6 +70,7 @@ def fake_trial(
             curve.append({**EPOCH, "epoch": epoch, "val_auroc": (aurocs or {}).get(number, 0.7) + epoch / 1000})
             pd.DataFrame(curve).to_csv(folder / "part", index=False)
             (folder / "part").rename(folder / "metrics.csv")
+            store_checkpoints(folder, {point["epoch"]: point["val_auroc"] for point in curve})
             note(f"epoch{epoch}")
             yield trial.build_report(curve, rate)
         note("end")
@@ -264,7 +265,7 @@ def test_the_outcome_of_a_search(asha: Searched) -> None:
     assert (outcome.facts["best_number"], outcome.facts["epochs_spent"], outcome.facts["trials_over"]) == (1, 11, 6)
     assert outcome.facts["epochs_full"] == 13
     assert config.load(out / "best.toml").train == BASE.replace(dropout=0.4)
-    assert not list(out.glob("trials/*/ray"))
+    assert [path.parent.name for path in out.glob("trials/*/ray")] == ["0001"], "checkpoints of the best trial alone"
 
 
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)

@@ -17,18 +17,21 @@ import pyarrow.parquet as pq
 import pytest
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
-from studies import get_refusal
+from studies import get_refusal, read_validated_epoch, store_checkpoints
 from test_run_folder import ODD, ODD_NAME
 
 from ray_cxr.config import TrainSettings, TuneSettings
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, InputError, OutputError, RayCxrError, TableError
 from ray_cxr.labels import LABELS
+from ray_cxr.ray_api import CHECKPOINT_LIST
 from ray_cxr.storage import atomic
 from ray_cxr.storage.remote import to_path
+from ray_cxr.training import checkpoints
+from ray_cxr.training.checkpoints import find_best_checkpoint, read_stored_epochs
 from ray_cxr.training.monitor import read_metrics
 from ray_cxr.tuning import plan as plans
-from ray_cxr.tuning import records, searcher, storage
+from ray_cxr.tuning import records, results, searcher, storage
 from ray_cxr.tuning import trial as trial_module
 from ray_cxr.tuning.plan import StudyPlan
 
@@ -476,12 +479,88 @@ def test_the_best_trial_is_the_highest_that_did_not_fail(recorded: Recorded) -> 
         ({}, 0),  # the failed trial has 0.95
         ({1: 0.8}, 0),  # the first of two equal trials
         ({1: 0.81}, 1),  # a stopped trial
-        ({3: 0.9}, 3),  # a running trial
+        ({3: 0.9}, 1),  # a running trial without a checkpoint
+        ({3: 0.9}, 3),
         (dict.fromkeys((0, 1, 3), None), None),
     ):
         for number, auroc in changes.items():
             write_curve(recorded[0], number, auroc)
+        if best == 3:
+            store_checkpoints(recorded[0].folder(3), {1: 0.9})
         assert records.find_best_trial(records.build_trial_table(*recorded)) == best
+
+
+def read_best_epoch(plan: StudyPlan, study: optuna.Study, number: int) -> tuple[int, int, float]:
+    """Return the epochs and the best epoch of a trial's row, which the bundle would have too, and its AUROC."""
+    row = records.build_trial_table(plan, study).set_index("number").loc[number]
+    best = find_best_checkpoint(plan.folder(number), row["epochs"])
+    with best.as_directory() as checkpoint:
+        exported = read_validated_epoch(Path(checkpoint))
+    assert exported == row["best_epoch"]
+    return row["epochs"], exported, row["val_auroc"]
+
+
+def test_the_epochs_of_an_interrupted_trial_are_those_of_its_checkpoints(recorded: Recorded) -> None:
+    """Training is ahead of the latest checkpoint, and a later epoch may be the best."""
+    plan, study = recorded
+    folder = plan.folder(3)
+    write_curve(plan, 3, 0.6, 0.7, 0.9)
+    assert records.build_trial_table(plan, study)["epochs"].tolist()[3] == 0
+    store_checkpoints(folder, {1: 0.6, 2: 0.7}, within=3)
+    assert read_best_epoch(plan, study, 3) == (2, 2, 0.7)
+    assert records.find_best_trial(records.build_trial_table(plan, study)) == 0
+    # A continued trial reports the same epochs to the scheduler.
+    assert [point["epoch"] for point in read_stored_epochs(folder)] == [1, 2]
+    store_checkpoints(folder, {1: 0.6, 2: 0.7, 3: 0.9})
+    assert read_best_epoch(plan, study, 3) == (3, 3, 0.9)
+    # A checkpoint that is stored later does not change the bundle of a row.
+    store_checkpoints(folder, {1: 0.6, 2: 0.7, 3: 0.9, 4: 0.95})
+    assert find_best_checkpoint(folder, 3).path.endswith("checkpoint_2")
+
+
+def test_the_epochs_of_a_stopped_trial_remain_without_its_checkpoints(recorded: Recorded, tmp_path: Path) -> None:
+    """Another epoch was stored before the trial stopped, and one more was trained."""
+    plan, study = recorded
+    folder = plan.folder(1)
+    write_curve(plan, 1, 0.5, 0.55, 0.6, 0.9)
+    store_checkpoints(folder, {1: 0.5, 2: 0.55, 3: 0.6})
+    store_checkpoints(plan.folder(0), {2: 0.8, 3: 0.7})
+    assert read_best_epoch(plan, study, 1) == (3, 3, 0.6)
+    before = records.build_trial_table(plan, study)
+    results.drop_checkpoints(plan, study, before)
+    assert [plan.folder(number).joinpath("ray").exists() for number in (0, 1)] == [True, False]
+    pd.testing.assert_frame_equal(records.build_trial_table(plan, study), before)
+    assert read_validated_epoch(folder) == 3
+
+
+def test_a_running_trial_does_not_cost_the_best_one_its_checkpoints(recorded: Recorded) -> None:
+    """It may fail."""
+    plan, study = recorded
+    write_curve(plan, 3, 0.9)
+    for number, scores in ((0, {2: 0.8, 3: 0.7}), (3, {1: 0.9})):
+        store_checkpoints(plan.folder(number), scores)
+    rows = records.build_trial_table(plan, study)
+    assert records.find_best_trial(rows) == 3
+    results.drop_checkpoints(plan, study, rows)
+    assert [plan.folder(number).joinpath("ray").exists() for number in (0, 3)] == [True, True]
+
+
+def test_a_damaged_list_of_checkpoints_is_an_error(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(sleep=lambda seconds: None))
+    store_checkpoints(recorded[0].folder(3), {1: 0.9})
+    path = recorded[0].folder(3) / "ray" / CHECKPOINT_LIST
+    path.write_text("{", encoding="utf-8")
+    assert get_refusal(OutputError, records.build_trial_table, *recorded).startswith(f"{path}: damaged")
+
+
+def test_a_list_that_is_being_rewritten_is_read_again(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = recorded[0].folder(3)
+    write_curve(recorded[0], 3, 0.9)
+    store_checkpoints(folder, {1: 0.9})
+    (folder / "ray" / CHECKPOINT_LIST).write_text("", encoding="utf-8")
+    rewrite = SimpleNamespace(sleep=lambda seconds: store_checkpoints(folder, {1: 0.9}))
+    monkeypatch.setattr(checkpoints, "time", rewrite)
+    assert records.build_trial_table(*recorded)["epochs"].tolist()[3] == 1
 
 
 def test_a_missing_curve_is_empty(prepared: Path, tmp_path: Path) -> None:
@@ -588,9 +667,6 @@ def test_a_database_that_fails_in_between_loses_no_trial(prepared: Path, tmp_pat
     monkeypatch.setattr(study._storage, "set_trial_state_values", lose_answer)
     search.on_trial_complete("a", {"epoch": 2, "val_auroc": 0.7, "best_val_auroc": 0.7, "ended": 1})
     assert [trial.state for trial in study.trials] == [TrialState.COMPLETE]
-    write_curve(plan, 0, 0.6, 0.7, 0.9)  # the third was trained, but not stored
-    (row,) = records.build_trial_table(plan, study).to_dict("records")
-    assert (row["epochs"], row["val_auroc"]) == (2, 0.7)
 
 
 def test_the_driver_of_mysql_is_named() -> None:
