@@ -28,7 +28,6 @@ backbone = "TinyCNN"
 weights = "none"
 epochs = 4
 warmup_epochs = 1
-schedule = "cosine"
 optimizer = "adamw"
 
 [tune]

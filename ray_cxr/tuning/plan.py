@@ -100,6 +100,7 @@ class StudyPlan:
             )
         if settings.sampler == "cmaes":
             _check_cmaes(settings, self.space)
+        _check_schedules(settings, base, self.space)
         self.storage = StudyStorage(self.out, settings.storage)
         self.points = [self.space.point(values, f"tune.enqueue[{i}]") for i, values in enumerate(settings.enqueue)]
         if settings.known:
@@ -258,6 +259,19 @@ def _check_validation_split(data: PreparedSet, base: TrainSettings) -> None:
         f"{data.path}: no finding has both positives and negatives among the {len(val):,} images of split 'val', so "
         "trials cannot be ranked by AUROC; prepare a larger split"
     )
+
+
+def _check_schedules(settings: TuneSettings, base: TrainSettings, space: Space) -> None:
+    """Raise ConfigError if early stopping would compare trials before the rate of their cosine has fallen."""
+    parameters = [parameter for parameter in space.parameters if parameter.field == "schedule"]
+    schedules = {choice for parameter in parameters for choice in parameter.describe()["choices"]}
+    if all(parameter.condition for parameter in parameters):
+        schedules.add(base.schedule)
+    if settings.scheduler != "none" and "cosine" in schedules:
+        raise ConfigError(
+            f"tune.scheduler: {settings.scheduler} would compare trials while the rate of a cosine is still high, so "
+            "good ones would be stopped; set train.schedule to constant or plateau, or tune.scheduler to none"
+        )
 
 
 def _check_cmaes(settings: TuneSettings, space: Space) -> None:

@@ -50,7 +50,8 @@ def default_space(base: TrainSettings, sizes: Sequence[int]) -> dict[str, Any]:
         **({"size": "prepared"} if len(set(sizes)) > 1 else {}),
         "learning_rate": {"low": 1e-5, "high": 3e-3, "log": True},
         "optimizer": ["adam", "adamw"],
-        "schedule": ["constant", "cosine"],
+        # Without cosine, which early stopping cannot compare fairly.
+        "schedule": ["constant", "plateau"],
         **({"batch_size": batches} if batches else {}),
         "loss": ["bce", "weighted_bce", "focal"],
         "label_smoothing": {"low": 0.0, "high": 0.1, "step": 0.02},

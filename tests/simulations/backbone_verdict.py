@@ -76,7 +76,7 @@ def describe(values: Mapping[str, Any]) -> np.ndarray:
         [
             (log10(values["learning_rate"]) + 3.75) / 0.72,
             2.0 * (values["optimizer"] == "adamw") - 1,
-            2.0 * (values["schedule"] == "cosine") - 1,
+            2.0 * (values["schedule"] == "plateau") - 1,
             {16: -1.2, 32: 0.0, 64: 1.2}[values["batch_size"]],
             {"bce": 0.0, "weighted_bce": -1.2, "focal": 1.2}[values["loss"]],
             {"avg": 0.0, "max": -1.2, "avgmax": 1.2}[values["pooling"]],

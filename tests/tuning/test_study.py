@@ -90,6 +90,9 @@ def refuse(error: type[RayCxrError], *arguments: Any, **settings: Any) -> str:
     return get_refusal(error, plan_of, *arguments, **settings)
 
 
+EARLY = ("asha", "halving", "median")
+#: With SGD the schedule of [train] holds.
+PARTLY: dict[str, Any] = {"optimizer": ["adam", "sgd"], "when": {"optimizer=adam": {"schedule": ["plateau"]}}}
 CMAES: dict[str, Any] = {"space": RATES, "sampler": "cmaes"}
 
 
@@ -108,6 +111,9 @@ CMAES: dict[str, Any] = {"space": RATES, "sampler": "cmaes"}
         ({}, {"size": 32}, ["size 32", "64, 96"]),
         ({}, {"weights": "nowhere.h5"}, ["weights: nowhere.h5: "]),
         ({"space": {"weights": ["none", "lost.h5"]}}, {}, ["weights: lost.h5: "]),
+        *(({"scheduler": name}, {"schedule": "cosine"}, [f"{name} ", "train.schedule"]) for name in EARLY),
+        ({"space": {"schedule": ["constant", "cosine"]}}, {}, ["tune.scheduler: asha ", "cosine"]),
+        ({"space": PARTLY}, {"schedule": "cosine"}, ["tune.scheduler: asha ", "cosine"]),
         ({"enqueue": ({"dropout": 0.1}, {"dropout": 0.6})}, {}, ["tune.enqueue[1]: dropout: 0.6 ", "0.0 to 0.5"]),
         ({"storage": "my database"}, {}, ["tune.storage: ", "sqlite"]),
         ({"storage": "postgresql://u:secret@host:five/db"}, {}, ["tune.storage: "]),
@@ -121,6 +127,25 @@ def test_wrong_settings_are_refused_and_nothing_is_written(settings, base, words
     assert not [word for word in words if word not in message]
     assert "cret" not in message
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "base"),
+    [
+        ({"scheduler": "none"}, {"schedule": "cosine"}),
+        ({"scheduler": "none", "space": {"schedule": ["constant", "cosine"]}}, {}),
+        ({"space": {"schedule": ["constant", "plateau"]}}, {"schedule": "cosine"}),
+        *(({"scheduler": name}, {"schedule": "plateau"}) for name in EARLY),
+        ({"space": {}}, {}),
+    ],
+)
+def test_early_stopping_compares_rates_that_do_not_depend_on_the_last_epoch(
+    settings: dict[str, Any], base: dict[str, Any], prepared: Path, tmp_path: Path
+) -> None:
+    """No trial of an accepted search with early stopping has a cosine, whatever it samples."""
+    plan = plan_of(prepared, tmp_path / "study", BASE.replace(**base), **settings)
+    drawn = {plan.build_settings(trial).schedule for trial in ask(plan, plan.open_study(), 12)}
+    assert ("cosine" in drawn) == (plan.settings.scheduler == "none")
 
 
 def test_wrong_folders_are_refused(prepared: Path, tmp_path: Path, command) -> None:
