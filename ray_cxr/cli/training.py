@@ -55,7 +55,8 @@ def _train(arguments: argparse.Namespace) -> None:
     started = time.time()
     settings = config.load(arguments.config, arguments.overrides, section="train")
     with Stage("checking the prepared set", in_log=False):
-        from ray_cxr.evaluation import usability
+        from ray_cxr.evaluation import published, usability
+        from ray_cxr.reporting import facts
         from ray_cxr.training import trainer
 
     options: dict[str, Any] = {"use_gpu": arguments.gpu, "started": started, "on_event": print_line}
@@ -85,6 +86,10 @@ def _train(arguments: argparse.Namespace) -> None:
     best, epochs = bundle.info["provenance"]["best_epoch"], len(bundle.model_json()["curves"])
     unreliable = "" if too_few is None else f"; it says little: {too_few}"
     print_line(f"validation macro AUROC {format_number(macro)} in epoch {best}, the best of {epochs}{unreliable}")
+    split = bundle.info["provenance"]["split"]
+    gap = published.describe_gap(split.get("kind"), synthetic=facts.is_synthetic(split))
+    more = "" if gap is None or too_few is not None else f"; {gap}"
+    print_line(f"the epoch, the calibration and the operating points were chosen on these images{more}")
     out = remote.to_path(arguments.out)
     print_line(f"learning curves: {out / trainer.CURVES}")
     print_line(f"bundle: {out / 'bundle'}")

@@ -322,6 +322,10 @@ def _list_notes(
             f"This is the {split} split. If the model was trained on this manifest, these images served to {use}: the "
             "results show the fit to known images, not the performance on new patients."
         )
+        info = labelled.images.info if labelled else {}
+        gap = published.describe_gap(info.get("kind"), synthetic=facts.is_synthetic(info))
+        if split == "val" and gap is not None:
+            notes.append(f"Expect less on test: {gap}.")
         other = {"train": "val", "val": "train"}[split]
         mismatched = labelled.leak_check.shared_by_part.get(other, 0) if labelled else 0
         if mismatched:

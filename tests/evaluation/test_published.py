@@ -120,3 +120,13 @@ def test_comparable_means_cover_the_same_findings() -> None:
         (record,) = (record for record, reason in pairs if record.name == wang and reason is None)
         assert (record.mean, record.aurocs) == (pytest.approx(mean), find_record(wang).aurocs)
         assert all(record == find_record(record.name) for record, reason in pairs if reason is not None)
+
+
+def test_the_gap_between_validation_and_test_is_named_for_the_official_split_only() -> None:
+    gaps = [validation - test for validation, test in published.VALIDATION_AND_TEST.values()]
+    assert min(gaps) > 0
+    words = published.describe_gap("official", synthetic=False)
+    assert words is not None
+    assert f"{min(gaps):.3f} to {max(gaps):.3f} lower" in words
+    assert published.describe_gap("official", synthetic=True) is None
+    assert [published.describe_gap(kind, synthetic=False) for kind in ("patient", "given", None)] == [None] * 3

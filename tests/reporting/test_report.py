@@ -283,6 +283,20 @@ def test_training_splits_are_evaluated_and_marked(archive: Archive, tmp_path: Pa
         assert words in found.page
 
 
+def test_validation_of_the_official_split_warns_of_a_lower_test(archive: Archive, tmp_path: Path) -> None:
+    def find_words(split: str, info: dict[str, Any]) -> bool:
+        return (
+            "Expect less on test"
+            in report(archive, tmp_path / "out", labels=archive.labels(info=info), split=split).page
+        )
+
+    official = {"kind": "official", "tables": {"Data_Entry_2017.csv": "ab" * 32}}
+    assert find_words("val", official)
+    assert not find_words("train", official)
+    assert not find_words("val", official | {"kind": "patient"})
+    assert not find_words("val", official | {"tables": {TABLE_NAME: "ab" * 32}})
+
+
 def test_labels_with_another_split_than_the_model_are_reported(archive: Archive, tmp_path: Path) -> None:
     archive.patient = [None] * N
     labels = archive.labels(split=["val"] * N, info={"kind": "given"})

@@ -508,3 +508,27 @@ def test_start_and_restart_are_reported(tmp_path: Path) -> None:
     monitor.report_start(start | {"epoch": 0, "step": 0, "random": []}, is_restart=False)
     assert lines[3].startswith("train: first step done after 5 s (data 5)")
     assert "float32" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "positives", "has_gap"), [("official", 40, True), ("official", 2, False), ("patient", 40, False)]
+)
+def test_the_last_lines_say_what_validation_chose(
+    kind: str, positives: int, has_gap: bool, command, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"n": 100, "positives": positives, "auroc": 0.84}
+    provenance = {
+        "validation": {"findings": dict.fromkeys(FINDINGS, row), "macro_auroc": 0.84},
+        "best_epoch": 2,
+        "split": {"kind": kind, "tables": {"Data_Entry_2017.csv": ""}},
+    }
+    empty: dict[str, Any] = dict.fromkeys(FINDINGS)
+    info = {"provenance": provenance, "calibration": empty, "operating_points": empty, "expected_flag_rates": empty}
+    made = SimpleNamespace(info=info, findings=FINDINGS, model_json=lambda: {"curves": [{}] * 3})
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: made)
+    (tmp_path / "run" / "bundle").mkdir(parents=True)  # the next command names it
+    code, printed, err = command("train", prepared, "--out", tmp_path / "run")
+    assert code == 0, err
+    assert "0.84" in printed
+    assert "chosen on these images" in printed
+    assert ("official test split" in printed) == has_gap
