@@ -18,6 +18,7 @@ After `LIMIT_S` no further batch size is measured; the last line lists those lef
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
 import sys
@@ -70,10 +71,15 @@ class Decoding:
         job = ScoreJob("", "", "", "", ScoreSettings(), InputSpec(size=scale.size), True, max(scale.batches), None, "")
         self._reader = ImageReader(job, scale.decoders)
         self.images = np.stack(list(self.read(len(self._paths))))
-        started, count = time.monotonic(), 2 * len(self._paths)
+        self.rate = self._measure(2 * len(self._paths))  # short on many CPUs, and so too low
+        self.rate = self._measure(max(len(self._paths), round(scale.seconds * self.rate)))
+
+    def _measure(self, count: int) -> float:
+        """Decode this number of images; return images per second."""
+        started = time.monotonic()
         for _ in self.read(count):
             pass
-        self.rate = count / (time.monotonic() - started)
+        return count / (time.monotonic() - started)
 
     def read(self, count: int) -> Iterator[Any]:
         """Yield this number of images uint8 [S,S], which repeat."""
@@ -123,13 +129,12 @@ def measure_batch(model: Any, batch: int, decoding: Decoding, scale: Scale, *, j
     from ray_cxr.models.runtime import KerasRuntime
 
     started = time.monotonic()
-    opened = KerasRuntime(model, batch, jit_compile=jit)
-    opened.predict(decoding.images[:1])
-    start_s = time.monotonic() - started
-    alone = run_model(opened, repeat_for(decoding.images, scale.seconds))
-    count = round(scale.seconds * min(decoding.rate, alone["images_per_second"]))
-    with_decoding = run_model(opened, decoding.read(max(count, 4 * batch)))
-    opened.close()
+    with contextlib.closing(KerasRuntime(model, batch, jit_compile=jit)) as opened:
+        opened.predict(decoding.images[:1])
+        start_s = time.monotonic() - started
+        alone = run_model(opened, repeat_for(decoding.images, scale.seconds))
+        count = round(scale.seconds * min(decoding.rate, alone["images_per_second"]))
+        with_decoding = run_model(opened, decoding.read(max(count, 4 * batch)))
     return {"batch": batch, "start_s": start_s, "alone": alone, "decoding": with_decoding}
 
 

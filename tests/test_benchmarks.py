@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import keras
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -94,6 +99,76 @@ def test_gpu_table_has_a_row_per_batch_size_and_a_gpu_is_required(tmp_path: Path
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     done = run_script("gpu.py")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_gpu_script_keeps_the_other_rows_after_a_failed_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A CPU stands for the GPU. It is out of memory at 4 images: in float32 with decoding, in bfloat16 at once."""
+    import tensorflow as tf
+
+    from ray_cxr.models import runtime
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    scale = gpu.Scale("TinyCNN", 64, ("fp32", "bf16"), (4, 2), 0, 64, 1, 0.02)
+    opened: list[Any] = []
+    readers: list[int] = []
+
+    class Decoding:
+        """Images in memory."""
+
+        rate, images = 500.0, np.zeros((3, 64, 64), np.uint8)
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def read(self, count: int) -> Iterator[np.ndarray]:
+            readers.append(count)
+            return itertools.islice(itertools.cycle(self.images), count)
+
+    class Runtime(runtime.KerasRuntime):
+        def __init__(self, model: Any, batch_size: int, *, jit_compile: bool = False) -> None:
+            super().__init__(model, batch_size, jit_compile=jit_compile)
+            opened.append(self)
+            start, is_half = self._start, model.dtype_policy.compute_dtype == "bfloat16"
+
+            def run(images: Any) -> Any:
+                if batch_size == 4 and (is_half or readers):
+                    raise tf.errors.ResourceExhaustedError(None, None, "OOM")
+                return start(images)
+
+            self._start = run
+
+    monkeypatch.setattr(gpu, "choose_scale", lambda _: scale)
+    monkeypatch.setattr(gpu, "Decoding", Decoding)
+    monkeypatch.setattr(runtime, "KerasRuntime", Runtime)
+    policies = {"fp32": "float32", "bf16": "mixed_bfloat16"}
+    monkeypatch.setattr(runtime, "prepare_gpu", policies.__getitem__)
+    monkeypatch.setattr(runtime, "describe_gpu", lambda: runtime.GpuInfo("Test GPU", 1, 0))
+    result: dict[str, Any] = {"machine": {"cpu": "Test CPU"}}
+    before = keras.config.dtype_policy()
+    try:
+        gpu.measure(argparse.Namespace(cpu=False, jit=False), result)
+    finally:
+        keras.config.set_dtype_policy(before)
+    found = result["gpu"]
+    measured = [(row["precision"], row["batch"]) for row in found["rows"]]
+    assert measured == [("fp32", 2), ("bf16", 2)]
+    for text, precision in zip(found["skipped"], ("fp32", "bf16"), strict=True):
+        assert re.search(f"{precision} in batches of 4 .*out of memory", text)
+    assert len(opened) == 4
+    for model in opened:
+        with pytest.raises(RuntimeError):  # closed
+            model.submit(Decoding.images[:1])
+    printed = capsys.readouterr().out
+    for part in ("Test GPU", "precision", "batch", "alone", "decoding", "GPU waits", "start", "not measured: "):
+        assert part in printed
+    monkeypatch.setattr(runtime, "prepare_gpu", lambda _: "float32")
+    monkeypatch.setattr(gpu, "LIMIT_S", -1.0)
+    gpu.measure(argparse.Namespace(cpu=False, jit=False), result)
+    assert result["gpu"]["rows"] == []
+    assert len(result["gpu"]["skipped"]) == 3  # no time for two batch sizes; no bfloat16
 
 
 @pytest.mark.slow
