@@ -159,6 +159,8 @@ def train(
     loaded = config.load(config_file)
     chosen = config.build(config.TrainSettings, {**loaded.train.model_dump(), **settings}, where="train")
     ray = loaded.ray if num_cpus is None else loaded.ray.replace(num_cpus=num_cpus)
+    if gpu:
+        session.require_gpu(ray)
     start = functools.partial(session.start_ray, ray)
     return trainer.train(prepared, out, chosen, use_gpu=gpu, on_event=on_event, start_ray=start)
 

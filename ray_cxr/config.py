@@ -509,6 +509,13 @@ class ScoreSettings(Settings):
             weights[finding] = weight
         return weights
 
+    def check_device(self, *, use_gpu: bool) -> None:
+        """Raise ConfigError for a setting that has no effect on the device, or does not work there."""
+        if self.jit_compile and not use_gpu:
+            raise ConfigError("jit_compile: compiles models on GPUs only; remove it, or add --gpu")
+        if self.decode == "inside" and use_gpu:
+            raise ConfigError("decode=inside: cannot be combined with --gpu; remove one of them")
+
     def __hash__(self) -> int:  # a dict has none
         return hash(self.model_dump_json())
 

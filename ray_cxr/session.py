@@ -24,7 +24,7 @@ import psutil
 
 import ray_cxr
 from ray_cxr import cluster, config, environment, limits, processes, ray_api
-from ray_cxr.errors import InputError, RayCxrError, one_line
+from ray_cxr.errors import ConfigError, InputError, RayCxrError, one_line
 from ray_cxr.progress import Stage, silence_stderr
 from ray_cxr.storage import atomic
 
@@ -62,6 +62,24 @@ SHUTDOWN_S = 3.0
 _POLL_S = 1.0
 
 
+def require_gpu(settings: config.RaySettings) -> None:
+    """Refuse `--gpu` before a local Ray starts on a machine without a GPU; on a cluster, its nodes count.
+
+    Raises:
+        ConfigError: this machine has no GPU.
+    """
+    is_running = "ray" in sys.modules and sys.modules["ray"].is_initialized()
+    if _choose_address(settings) == "local" and not is_running and not environment.count_gpus():
+        raise ConfigError(
+            "--gpu: this machine has no GPU that CUDA can use; omit --gpu, or name a cluster with ray.address"
+        )
+
+
+def _choose_address(settings: config.RaySettings) -> str:
+    """Return where Ray runs; "local" starts a new Ray, while Ray's own default would join any Ray on this machine."""
+    return settings.address or os.environ.get("RAY_ADDRESS") or "local"
+
+
 @contextlib.contextmanager
 def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Iterator[None]:
     """Use this process's Ray, join a cluster, or start a local Ray and stop it when the block ends.
@@ -71,8 +89,7 @@ def start_ray(settings: config.RaySettings, *, dashboard: bool = False) -> Itera
     Raises:
         RayCxrError: If Ray cannot start, or is lost while the block runs.
     """
-    # "local" starts a new Ray; Ray's own default would join any Ray that runs on this machine.
-    address = settings.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = _choose_address(settings)
     environment.prepare_for_ray()
     # Ray's C++ layer reads these variables when Ray is imported. If they are set later, client and server disagree.
     if "ray" not in sys.modules:

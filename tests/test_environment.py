@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray._private import utils
@@ -109,6 +111,26 @@ def test_a_quota_below_one_cpu_counts_as_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("errors", "count", "expected"), [((0, 0), 2, 2), ((0, 0), 0, 0), ((100, 0), 2, 0), ((0, 3), 2, 0), (None, 2, 0)]
+)
+def test_gpus_are_counted_by_the_driver(
+    errors: tuple[int, int] | None, count: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Driver:
+        def __init__(self, name: str) -> None:
+            if errors is None:
+                raise OSError(f"{name}: cannot open shared object file")
+            self.cuInit = lambda flags: errors[0]
+
+        def cuDeviceGetCount(self, target: Any) -> int:
+            target._obj.value = count
+            return 0 if errors is None else errors[1]
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    assert environment.count_gpus() == expected
+
+
 def test_figures_are_independent_of_the_settings_for_matplotlib(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\naxes.facecolor: black\n", encoding="utf-8")
     code = f"""

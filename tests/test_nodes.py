@@ -171,7 +171,7 @@ def test_models_run_only_on_gpu_nodes(nodes: Nodes, images: Path, tiny_bundle: A
     """The actor starts on the node with the declared GPU, finds none, and the job fails with that line."""
     log = nodes.submit(score_arguments(tiny_bundle.path, images, tmp_path / "scores", "--gpu"), name="gpu")
     assert watch_nodes(nodes, log, {"none of them"}, "MapWorker(Map(ModelActor))") == {"b"}, log.read_text()
-    assert_refused(nodes, log, "--gpu: this actor sees no GPU")
+    assert_refused(nodes, log, "--gpu: TensorFlow sees no GPU on")
 
 
 @pytest.mark.long

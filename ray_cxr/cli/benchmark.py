@@ -61,6 +61,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         from ray_cxr.scoring.benchmark import BenchmarkRequest, run_benchmark
 
     environment.prepare_for_ray()  # which counts the CPUs, as for score
+    if arguments.gpu and not environment.count_gpus():
+        raise ConfigError("--gpu: this machine has no GPU that CUDA can use; omit --gpu")
     request = BenchmarkRequest(
         model=arguments.bundle,
         settings=override_settings(settings.score, arguments, "precision"),
@@ -78,7 +80,10 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     bundle, gpu = remote.to_path(arguments.bundle), ["--gpu"] if arguments.gpu else []
     out = place_next_to(bundle.parent if bundle.name == "bundle" else bundle, "scores")
     source = ["--images", arguments.images or IMAGES]
-    print_next("score", bundle, *source, "--out", out, "--precision", result.fastest, *gpu)
+    requested = request.settings.precision
+    precision = result.fastest if requested == "auto" else requested
+    chosen = [] if precision is None else ["--precision", precision]
+    print_next("score", bundle, *source, "--out", out, *chosen, *gpu)
 
 
 def _print_result(result: Benchmark, count: int) -> None:
@@ -97,5 +102,6 @@ def _print_result(result: Benchmark, count: int) -> None:
 def _format_row(found: Measurement, count: int) -> list[str]:
     rates = [f"{rate:,.1f}" if rate < 100 else f"{rate:,.0f}" for rate in (found.rate, *found.range)]
     memory = costs.format_size(found.memory) + (f", GPU {costs.format_size(found.gpu_memory)}" * bool(found.gpu_memory))
-    duration = format_duration(count / found.rate) if found.is_prediction else ""
+    hours = found.predict_hours(count)
+    duration = "" if hours is None else format_duration(3600 * hours)
     return [found.part, found.precision or "", *rates, f"{found.cpu_ms:.1f}", duration, memory]

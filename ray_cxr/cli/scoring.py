@@ -81,6 +81,8 @@ def _score(arguments: argparse.Namespace) -> None:
         print_warnings(warning.describe() for warning in usability.warn_of_model(plan.bundle.info))
         print_cost(cost, arguments)
         return
+    if arguments.gpu:
+        session.require_gpu(settings.ray)
     too_many: ErrorRateExceeded | None = None
     try:
         report = score(request, start_ray=lambda: session.start_ray(settings.ray))
@@ -106,7 +108,7 @@ def _score(arguments: argparse.Namespace) -> None:
             f"{what.format(report.scored_now)} in {report.seconds:.0f} s "
             f"({report.images_per_second:.1f} images/s, start-up included)"
         )
-    if (waits := report.describe_waits()) is not None:
+    if (waits := report.describe_waits(jit_compile=chosen.jit_compile)) is not None:
         print_line(waits)
     temporary = sum(report.counts[code] for code in RETRYABLE_CODES)
     if temporary and arguments.prepared is None:

@@ -68,6 +68,8 @@ def _train(arguments: argparse.Namespace) -> None:
             found = cost.estimate_train(arguments.prepared, arguments.out, chosen, use_gpu=arguments.gpu)
         print_cost(found, arguments)
         return
+    if arguments.gpu:
+        session.require_gpu(settings.ray)
     start = functools.partial(session.start_ray, settings.ray)
     bundle = trainer.train(arguments.prepared, arguments.out, chosen, **options, start_ray=start)
     names = ("finding", "val\nimages", "positives", "AUROC", "calibrated", "operating\npoint")
@@ -123,6 +125,8 @@ def _tune(arguments: argparse.Namespace) -> None:
             found = cost.estimate_tune(plan, use_gpu=arguments.gpu)
         print_cost(found, arguments)
         return
+    if arguments.gpu:
+        session.require_gpu(loaded.ray)
     from ray_cxr.cli.trials import print_trials
 
     # Ray Train asks the dashboard whether a stopped trial's run is still alive.

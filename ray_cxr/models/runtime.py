@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import platform
 import queue
 import sys
 import threading
@@ -369,14 +370,17 @@ def limit_threads(threads: int) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(1)
 
 
-def use_gpu_memory_as_needed() -> int:
-    """Stop TensorFlow from reserving a whole GPU at its first use; return the number of visible GPUs."""
+def require_gpu() -> None:
+    """Stop TensorFlow from reserving a whole GPU at its first use; raise ConfigError if it sees no GPU."""
     from ray_cxr.models.keras_setup import tf
 
     gpus = tf.config.list_physical_devices("GPU")
+    if not gpus:
+        raise ConfigError(
+            f"--gpu: TensorFlow sees no GPU on {platform.node()}; install requirements-gpu.lock there, or omit --gpu"
+        )
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    return len(gpus)
 
 
 def prepare_device(gpu: bool, precision: str) -> str:
@@ -392,8 +396,7 @@ def prepare_device(gpu: bool, precision: str) -> str:
         # Grappler takes 8 s for DenseNet121's training graph and does not speed up steps on a CPU.
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
         return "float32" if precision == "auto" else precision
-    if not use_gpu_memory_as_needed():
-        raise ConfigError("--gpu: this worker sees no GPU; install requirements-gpu.lock there, or omit --gpu")
+    require_gpu()
     if precision != "auto":
         return precision
     capability = _gpu_capability()
@@ -413,8 +416,7 @@ def _gpu_capability() -> tuple[int, int]:
 
 def prepare_gpu(precision: str) -> str:
     """Select the GPU for scoring in this process; return the Keras dtype policy for `fp32` or `bf16`."""
-    if not use_gpu_memory_as_needed():
-        raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
+    require_gpu()
     if precision == "bf16" and _gpu_capability() >= (8, 0):
         return "mixed_bfloat16"
     from ray_cxr.models.keras_setup import tf

@@ -66,7 +66,7 @@ _LIMITING = 0.6
 FORMAT = 1
 #: What limits the rate, and what helps, by part and whether a GPU runs the model.
 _REMEDIES = {
-    (MODEL, False): "the model limits the rate: use a lower precision, a smaller model, a GPU or more cores",
+    (MODEL, False): "the model limits the rate: use {}a smaller model, a GPU or more cores",
     (DECODE, False): "decoding limits the rate: use more cores, or `prepare` once and `score --prepared`",
     (None, False): "both limit the rate: more cores help",
     (MODEL, True): "the GPU limits the rate: more cores do not help",
@@ -100,8 +100,7 @@ class BenchmarkRequest:
             raise ConfigError(f"--images {redact(self.images)}: a PACS is not measured; pass a folder of files")
         if self.settings.decode == "apart" and not self.use_gpu:
             raise ConfigError("decode=apart: is not measured on CPUs; remove it")
-        if self.settings.jit_compile and not self.use_gpu:
-            raise ConfigError("jit_compile: compiles models on GPUs only; remove it, or add --gpu")
+        self.settings.check_device(use_gpu=self.use_gpu)
 
 
 class Round(NamedTuple):
@@ -130,10 +129,9 @@ class Measurement:
     memory: int = 0
     gpu_memory: int = 0
 
-    @property
-    def is_prediction(self) -> bool:
-        """Whether `score` runs at this rate."""
-        return self.part == BOTH
+    def predict_hours(self, count: int) -> float | None:
+        """Return the hours of `score` for a number of images; None for a part of its work."""
+        return count / self.rate / 3600 if self.part == BOTH else None
 
     @property
     def rate(self) -> float:
@@ -167,7 +165,7 @@ class Measurement:
             "images": self.images,
             "images_per_second": spread,
             "cpu_ms_per_image": self.cpu_ms,
-            "hours": count / self.rate / 3600,
+            "hours": self.predict_hours(count),
             "memory_bytes": self.memory,
             "gpu_memory_bytes": self.gpu_memory or None,
         }
@@ -191,6 +189,7 @@ class Benchmark:
         load: load average of the last minute before the start.
         cpus: number of CPUs that were used.
         refused: reason by precision that was not measured.
+        lower: how to score in each lower precision than fp32 that this bundle allows here, measured or not.
         actors, cpus_per_actor, batch_size: as `score` chooses them.
     """
 
@@ -204,6 +203,7 @@ class Benchmark:
     cpus_per_actor: int
     batch_size: int
     refused: dict[str, str]
+    lower: dict[str, str]
     measurements: list[Measurement]
     versions: dict[str, str]
 
@@ -211,10 +211,15 @@ class Benchmark:
         return next(found for found in self.measurements if (found.part, found.precision) == (part, precision))
 
     @property
-    def fastest(self) -> str:
-        """The precision in which images are decoded and scored fastest."""
+    def fastest(self) -> str | None:
+        """The precision in which images are decoded and scored fastest; None if the choice makes no clear difference.
+
+        That is so where decoding limits the rate, and where the rounds of two precisions overlap.
+        """
         runs = [found for found in self.measurements if found.part == BOTH]
-        return str(max(runs, key=lambda found: found.rate).precision)
+        first, *others = sorted(runs, key=lambda found: found.rate, reverse=True)
+        is_clear = all(found.range[1] < first.range[0] for found in others)
+        return first.precision if is_clear and self.find_limit(str(first.precision)) != DECODE else None
 
     def compute_share(self, precision: str) -> float:
         """Return the model's share of the CPU time per image, or on a GPU, of the seconds per image of both parts."""
@@ -262,9 +267,10 @@ class Benchmark:
             else:
                 work = f"decoding takes {decode.cpu_ms:.1f} ms of a core per image, the model {model.cpu_ms:.1f}"
             limit = self.find_limit(str(both.precision))
-            remedy = _REMEDIES[limit, self.use_gpu]
-            if both.precision == "int8":
-                remedy = remedy.replace("a lower precision, ", "")  # there is none
+            lower = PRECISIONS[PRECISIONS.index(str(both.precision)) + 1 :]
+            remedy = _REMEDIES[limit, self.use_gpu].format(
+                "".join(f"{self.lower[p]}, " for p in lower if p in self.lower)
+            )
             lines.append(f"{both.precision}: {work}; {remedy}")
         lines.append(
             f"score adds the start of Ray, about {costs.RAY_S:.0f} s per run; on a cluster, divide the time by the "
@@ -303,7 +309,10 @@ def run_benchmark(request: BenchmarkRequest) -> Benchmark:
         bundle = load_bundle(request.model)
         precisions, refused = _list_precisions(bundle, request)
     actors, cpus = 1, request.cpus
-    if not request.use_gpu:
+    if request.use_gpu:
+        with silence_stderr():  # TensorFlow prints
+            runtime.require_gpu()
+    else:
         actors, cpus = fit_actors([request.cpus], request.settings.cpus_per_actor, request.cpus)
     with tempfile.TemporaryDirectory(prefix="ray_cxr-benchmark-") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
@@ -340,6 +349,7 @@ def run_benchmark(request: BenchmarkRequest) -> Benchmark:
         cpus_per_actor=cpus,
         batch_size=_choose_batch(request),
         refused=refused,
+        lower={} if request.use_gpu else _list_lower(bundle),
         measurements=[measured for _, measured in parts],
         versions={**versions(), "openvino": metadata.version("openvino")},
     )
@@ -357,6 +367,18 @@ def _list_precisions(bundle: Bundle, request: BenchmarkRequest) -> tuple[list[st
         except ConfigError as error:
             reasons[precision] = str(error).removeprefix(f"--precision {precision}: ")
     return found, reasons
+
+
+def _list_lower(bundle: Bundle) -> dict[str, str]:
+    """Return how to score in each lower precision than fp32 on this CPU, if the bundle allows it."""
+    found = {}
+    for precision in PRECISIONS[1:]:
+        with contextlib.suppress(ConfigError):
+            found[precision] = f"--precision {runtime.choose_precision(bundle.info, precision, gpu=False)}"
+    runtimes = bundle.info.get("runtimes", {})
+    if runtimes and "int8" not in runtimes and not bundle.input_spec.tiles:  # as `quantize` requires
+        found["int8"] = "int8 (add it with `ray-cxr quantize`)"
+    return found
 
 
 def _choose_batch(request: BenchmarkRequest) -> int:

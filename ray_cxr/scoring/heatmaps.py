@@ -506,8 +506,8 @@ class HeatMapActor(PoolActor):
     def open(self, job: ScoreJob, request: HeatMapRequest, cpus: int) -> None:
         bundle = job.load_bundle()
         self.job, self.request, self.findings, self._rules = job, request, bundle.findings, bundle.rules
-        if job.use_gpu and not runtime.use_gpu_memory_as_needed():
-            raise ConfigError("--gpu: this actor sees no GPU; check that requirements-gpu.lock is installed there")
+        if job.use_gpu:
+            runtime.require_gpu()
         self.cam = self._open_model(bundle, cpus)
         self.pool = ThreadPoolExecutor(cpus, thread_name_prefix="draw")
         shown = [] if request.overlays == "none" else [describe_shown(request.side)]

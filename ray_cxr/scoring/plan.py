@@ -97,7 +97,7 @@ class ScoreRequest:
             raise ConfigError("--heatmaps: draws on the image files; use --manifest instead of --prepared")
         if self.prepared is not None and self.retry_errors:
             raise ConfigError("--retry-errors: a prepared set keeps its errors; use --manifest instead of --prepared")
-
+        self.settings.check_device(use_gpu=self.use_gpu)
         if self.prepared is not None and self.is_selective:
             option = "--skip-scored" if self.skip_scored else "score.select=frontal"
             raise ConfigError(
@@ -150,7 +150,7 @@ class ScoreReport:
     def images_per_second(self) -> float | None:
         return self.scored_now / self.seconds if self.scored_now and self.seconds else None
 
-    def describe_waits(self) -> str | None:
+    def describe_waits(self, *, jit_compile: bool) -> str | None:
         """Return what limits the run and what helps; None if it was short, or if models and decoders share CPUs."""
         pool = self.pool
         if pool is None or not (pool.gpus or pool.decode_apart) or self.usage.seconds < _MIN_USAGE_S:
@@ -160,7 +160,8 @@ class ScoreReport:
             remedy = "more CPUs to decode, or score --prepared," if pool.decode_apart else "a faster disk"
             return f"the model waited for images {model:.0%} of the time; {remedy} would help"
         if images >= _MIN_SHARE:
-            remedy = "more GPUs" if pool.gpus else "--set score.decode=inside"
+            xla = "" if jit_compile else "--set score.jit_compile=true, or "
+            remedy = f"{xla}more GPUs" if pool.gpus else "--set score.decode=inside"
             return f"images waited for the model {images:.0%} of the time; {remedy} would help"
         return None
 

@@ -60,8 +60,6 @@ def plan_scoring(settings: ScoreSettings, n_tasks: int, *, use_gpu: bool, decode
         _require_gpu(gpus)
         return ActorPlan(int(sum(gpus)), cpus=0, gpus=1, in_flight=GPU_TASKS)
     if use_gpu:
-        if settings.decode == "inside":
-            raise ConfigError("decode=inside: cannot be combined with --gpu; remove one of them")
         _require_gpu(gpus)
         if sum(cpus) < 1:
             raise ConfigError("--gpu: Ray has no CPU to decode images; add one to the cluster")

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from score_folders import arguments, assert_done, assert_refused, make_job, modification_times, read_rows
 
+from ray_cxr import environment
 from ray_cxr.data.prepared import PreparedSet
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 from ray_cxr.imaging.sandbox import DecodedImage
@@ -78,7 +79,7 @@ def test_stages_of_start_up_add_up() -> None:
             r"model waited for images 62%.*CPUs.*--prepared",
         ),
         (ActorPlan(1, 0, gpus=1), Usage(100, 62, 1), r"model waited for images 62%(?!.*--prepared)"),
-        (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(100, 5, 80), r"images waited.* 80%.*more GPUs"),
+        (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(100, 5, 80), r"images waited.* 80%.*jit_compile.*more GPUs"),
         (ActorPlan(1, 1, decode_apart=True), Usage(100, 5, 80), r"images waited.* 80%.*decode=inside"),
         (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(100, 5, 9), None),
         (ActorPlan(1, 0, gpus=1, decode_apart=True), Usage(1, 0.9, 0), None),
@@ -86,8 +87,10 @@ def test_stages_of_start_up_add_up() -> None:
     ],
 )
 def test_summary_names_waits_that_the_user_can_shorten(pool: ActorPlan, usage: Usage, expected: str | None) -> None:
-    line = ScoreReport(rows=1, pool=pool, usage=usage).describe_waits()
+    report = ScoreReport(rows=1, pool=pool, usage=usage)
+    line = report.describe_waits(jit_compile=False)
     assert line is None if expected is None else re.search(expected, str(line))
+    assert "jit_compile" not in str(report.describe_waits(jit_compile=True)), "it is on already"
 
 
 def test_rows_and_run_json_follow_the_manifest(scores: Path, manifest: Path, tiny_bundle) -> None:
@@ -341,8 +344,11 @@ def test_retry_errors_reads_what_may_have_recovered(decode: str, manifest, tiny_
 @pytest.mark.usefixtures("without_ray")
 def test_refused_run_changes_nothing(copy, manifest, tiny_bundle, tmp_path: Path, command, monkeypatch) -> None:
     before = modification_times(copy)
+    monkeypatch.setattr(environment, "count_gpus", lambda: 0)
     for bad, word in (
-        (["--gpu"], "Ray has no GPU"),
+        (["--gpu"], "--gpu: this machine has no GPU"),
+        (["--gpu", "--set", "decode=inside"], "decode=inside"),
+        (["--set", "jit_compile=true"], "jit_compile"),
         (["--set", "cpus_per_actor=64"], "cpus_per_actor=64"),
     ):
         assert_refused(command(*arguments(tiny_bundle, manifest, copy, "--fresh", *bad)), word)

@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from tensorflow.compat.v1.train import summary_iterator
 
 import ray_cxr
-from ray_cxr import cluster
+from ray_cxr import cluster, environment
 from ray_cxr.cli import main
 from ray_cxr.config import DEFAULT_RULE, TrainSettings, build
 from ray_cxr.data.prepared import PreparedSet
@@ -349,11 +349,14 @@ def test_weights_that_do_not_fit_do_not_bind_the_folder(prepared: Path, tmp_path
         ({"xla": "true", "sync_batchnorm": "true"}, [], "sync_batchnorm"),
         ({"gpus_per_worker": 0.5, "workers": 2}, [], "gpus_per_worker"),
         ({}, ["--workers", 4], "4 workers of 1 CPUs"),
-        ({}, ["--gpu"], "1 workers need 1 GPUs, Ray has 0"),
+        ({}, ["--gpu"], "--gpu: this machine has no GPU"),
     ],
 )
 @pytest.mark.usefixtures("without_ray")
-def test_settings_that_do_not_fit_are_refused(settings, options, part, prepared: Path, tmp_path, command) -> None:
+def test_settings_that_do_not_fit_are_refused(
+    settings, options, part, prepared: Path, tmp_path, command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "count_gpus", lambda: 0)
     assert_refused(command(*training_arguments(prepared, tmp_path / "run", **SETTINGS | settings), *options), part)
     assert not (tmp_path / "run").exists()
 
@@ -398,6 +401,14 @@ def test_capacity_for_runs(nodes, settings: dict, gpu: bool, runs: int | None, e
     working = [{"Resources": {"CPU": cpus, **({"GPU": gpus} if gpus else {})}} for cpus, gpus in nodes]
     monkeypatch.setattr(cluster, "list_nodes", lambda: working)
     assert planning.plan_resources(TrainSettings(**settings), use_gpu=gpu, runs=runs) == expected
+
+
+def test_too_few_gpus_are_refused(monkeypatch) -> None:
+    nodes = [{"Resources": {"CPU": 4, "GPU": 1}}, {"Resources": {"CPU": 4}}]
+    monkeypatch.setattr(cluster, "list_nodes", lambda: nodes)
+    monkeypatch.setattr(cluster, "list_alive", lambda: nodes)
+    with pytest.raises(ConfigError, match=r"--gpu: 2 workers need 2 GPUs, Ray has 1"):
+        planning.plan_resources(TrainSettings(workers=2), use_gpu=True)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ import pytest
 from fake_tune import FakeTune
 from studies import get_refusal, load_study, read_rows, store_checkpoints
 
-from ray_cxr import cluster, config
+from ray_cxr import cluster, config, environment
 from ray_cxr.config import TrainSettings, TuneSettings
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
 from ray_cxr.tuning import results, search, searcher, trial
@@ -372,6 +372,13 @@ def test_a_second_command_in_the_same_folder_is_refused(prepared: Path, tmp_path
         message = get_refusal(OutputError, run_search, plan, fake_trial(), IN_PROCESS)
     assert message.startswith(f"{tmp_path}: ")
     assert not (tmp_path / "study.db").exists()
+
+
+def test_a_machine_without_a_gpu_is_refused_before_ray_starts(prepared: Path, tmp_path, command, monkeypatch) -> None:
+    monkeypatch.setattr(environment, "count_gpus", lambda: 0)
+    code, out, err = command("tune", prepared, "--out", tmp_path / "study", "--gpu")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--gpu: this machine has no GPU" in err
 
 
 def test_a_ray_without_its_dashboard_is_refused(prepared: Path, tmp_path: Path, monkeypatch) -> None:
