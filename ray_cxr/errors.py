@@ -52,10 +52,12 @@ class RayCxrError(Exception):
     Attributes:
         exit_code: exit code of the command line.
         fields: names of attributes that `to_record` keeps in addition to the message.
+        place: the path in a bucket that could not be used, with which the message starts; None for other errors.
     """
 
     exit_code = 1
     fields: ClassVar[tuple[str, ...]] = ()
+    place: Any = None
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

@@ -226,7 +226,7 @@ def test_training_survives_machines_that_come_and_go(prepared: Path, tmp_path: P
         wait_for("is going away; checkpoint written", 60)
         time.sleep(20)
         nodes.kill("i")
-        wait_for("1 workers instead of 2", 300)
+        wait_for("1 worker instead of 2", 300)
         nodes.add_node("j", cpus=2)
         wait_for("2 workers instead of 1", 300)
         printed = assert_succeeds(nodes, log, 900)

@@ -21,6 +21,7 @@ from ray_cxr.imaging.phantoms import write_phantoms
 from ray_cxr.labels import FINDINGS
 from ray_cxr.review import server
 from ray_cxr.review.verdicts import Verdict, VerdictLog
+from ray_cxr.storage import stores
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -218,3 +219,46 @@ def test_each_path_of_each_command_works_in_a_bucket(
             assert {key.removeprefix(prefix) for key in keys} == expected[line]
         else:
             assert list_names(tmp_path / name) == expected[line]
+
+
+#: Commands whose bucket does not answer: `!x` is there, and the second value names its argument.
+DEAD = [
+    ("prepare @m.parquet --out !set", "--out"),
+    ("prepare !m.parquet --out set", "M.parquet"),
+    ("prepare --manifest !m.parquet --out set", "--manifest"),
+    ("train @prepared --out !run --set size=64", "--out"),
+    ("train !prepared --out run", "PREPARED"),
+    ("tune @prepared --out !study --set train.weights=none", "--out"),
+    ("tune !prepared --out study", "PREPARED"),
+    ("score @bundle --manifest @m.parquet --out !scores", "--out"),
+    ("score !bundle --manifest @m.parquet --out scores", "BUNDLE"),
+]
+
+
+@pytest.mark.parametrize(("line", "name"), DEAD, ids=[line for line, _ in DEAD])
+def test_a_bucket_that_does_not_answer_is_named_as_its_argument(
+    line: str,
+    name: str,
+    prepared: Path,
+    manifest: Path,
+    tiny_bundle: Any,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch,
+) -> None:
+    """The message has the address of the argument, not that of a file inside it."""
+    monkeypatch.setattr(stores, "MAX_ATTEMPTS", 1)
+    monkeypatch.setenv("RAY_CXR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    stores._open_bucket.cache_clear()
+    found = {"prepared": prepared, "m.parquet": manifest, "bundle": tiny_bundle.path}
+    words = [
+        word.replace("!", "s3://dead/a/") + "?endpoint_override=127.0.0.1:1&scheme=http" * (word[0] == "!")
+        for word in line.split()
+    ]
+    with replace_ray():
+        code, _, err = command(*(found[word[1:]] if word[0] == "@" else word for word in words))
+    stores._open_bucket.cache_clear()
+    (address,) = [word for word in words if word.startswith("s3://")]
+    assert (code, err.count("\n")) == (1, 1), err
+    assert err.startswith(f"ray-cxr {words[0]}: {name} {address}: cannot be "), err

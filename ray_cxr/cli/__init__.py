@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cause = error if isinstance(error, RayCxrError) else errors.own_error(error) or _describe_ray_error(error)
         if cause is None:
             raise
-        print(f"{command}: {describe_error(cause, words)}", file=sys.stderr)
+        text = _name_argument(cause, arguments) or cause
+        print(f"{command}: {describe_error(text, words)}", file=sys.stderr)
         return cause.exit_code if isinstance(cause, RayCxrError) else 1
     return report_lost_output(command)
 
@@ -77,6 +78,26 @@ def _check_working_directory(out: str) -> None:
             f"--out {out}: is in the working directory of a job, which Ray removes later; pass an absolute path "
             "outside of it"
         )
+
+
+def _name_argument(error: Exception, arguments: argparse.Namespace) -> str | None:
+    """Return the message of a bucket's error with the argument of the command that holds the path; None without one."""
+    if not isinstance(error, RayCxrError) or error.place is None:
+        return None
+    found: dict[str, str] = {}
+    options = {word.partition("=")[0] for word in arguments.words}
+    for action in _build_parser().commands.choices[arguments.command]._actions:
+        values = getattr(arguments, action.dest, None) if action.type in PATH_TYPES else None
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, str) and value.lower().startswith("s3://"):
+                path = remote.to_path(value)
+                if message := remote.describe_in(error, path):
+                    # An option may set the same argument as a word without one.
+                    used = options.intersection(action.option_strings)
+                    if used or (not action.option_strings and str(path) not in found):
+                        found[str(path)] = f"{min(used, default=action.metavar)} {message}"
+    # Of nested folders, the inner one.
+    return found[max(found, key=len)] if found else None
 
 
 def _describe_ray_error(error: Exception) -> RayCxrError | None:

@@ -41,6 +41,9 @@ CACHE_VARIABLE = "RAY_CXR_CACHE"
 #: Concurrent requests for many objects; nearly all of their time is waiting.
 THREADS = 16
 
+#: Errors of a store that answers, but not now.
+_BUSY = frozenset({"INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "SLOW_DOWN", "THROTTLING"})
+
 P = TypeVar("P")
 T = TypeVar("T")
 
@@ -319,8 +322,9 @@ def check_bucket(path: Path) -> None:
     if (store_path := as_store_path(path)) is not None:
         bucket = StorePath(store_path._bucket, "", store_path._options)
         exists = True
-        with contextlib.suppress(InputError):  # a user may have access to the folder but not to the bucket
-            exists = bucket.exists()
+        # A user may have access to the folder but not to the bucket.
+        with contextlib.suppress(InputError), _store_errors(store_path):
+            exists = store_path.open_store().get_file_info(bucket.inner).type != arrow_fs.FileType.NotFound
         if not exists:
             raise InputError(f"{path}: no such bucket {bucket.inner}; make it, or pass another path")
 
@@ -451,5 +455,16 @@ def _store_errors(path: StorePath, action: str = "read") -> Iterator[None]:
             reason = "no such bucket; make it, or pass another path"
         else:
             kind = RayCxrError
-            reason += "; check the address and the network, then run the command again"
-        raise kind(f"{path}: cannot be {action}: {reason}") from None
+            is_busy = reason in _BUSY
+            remedy = "the storage is overloaded or failing; wait" if is_busy else "check the address and the network"
+            reason += f"; {remedy}, then run the command again"
+        failure = kind(f"{path}: cannot be {action}: {reason}")
+        failure.place = path
+        raise failure from None
+
+
+def describe_in(error: RayCxrError, folder: Path) -> str | None:
+    """Return the message of a store's error with `folder` in place of a path inside it; None for any other error."""
+    if error.place is None or not is_inside(error.place, folder):
+        return None
+    return f"{folder}: {str(error).removeprefix(f'{error.place}: ')}"

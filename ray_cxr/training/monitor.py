@@ -72,15 +72,16 @@ class RunMonitor:
     def report_start(self, start: dict[str, Any], *, is_restart: bool) -> None:
         """Log what rank 0 wrote to started.json."""
         if is_restart:
-            stalled, before = read_stalled(self._out), (self._start or start).get("workers")
-            if start["workers"] != before:
-                line = (
-                    f"train: WARNING: {start['workers']} workers instead of {before}; Ray Train restarted all of them"
-                )
-            elif stalled:
-                line = f"train: WARNING: {explain_stalled(stalled)}; Ray Train restarted all of them"
+            stalled, before, now = read_stalled(self._out), (self._start or start)["workers"], start["workers"]
+            change = "Ray Train restarted all of them"
+            if now != before:
+                change = f"Ray Train restarted with {now} worker{'s' * (now > 1)} instead of {before}"
+            if stalled:
+                line = f"train: WARNING: {explain_stalled(stalled)}; {change}"
+            elif now > before:
+                line = f"train: WARNING: {change}"
             else:
-                line = "train: WARNING: a worker failed or was lost; Ray Train restarted all of them"
+                line = f"train: WARNING: a worker failed or was lost; {change}"
             self._on_event(line)
             (self._out / LEAVING).unlink(missing_ok=True)
         if start["epoch"] or start["step"]:

@@ -78,6 +78,7 @@ class StudyPlan:
                 f"workers: {base.min_workers}-{base.workers}: trials need one number, or machines that come and go "
                 "would decide which trial wins; set workers to it"
             )
+        remote.check_bucket(self.out)
         sizes = list_prepared_sizes(self.prepared) if base.size is None else (base.size,)
         # With the table itself, --resume continues with the same space.
         settings = settings.replace(space=settings.space or default_space(base, sizes))

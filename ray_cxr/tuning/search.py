@@ -287,6 +287,10 @@ def _run_tune(
         with _silence_tune():
             tuner.fit()
     except ray_tune.TuneError as error:
+        # Tune raises an error of its callbacks and searcher as text.
+        own = error.__context__
+        if isinstance(own, RayCxrError) and (message := remote.describe_in(own, plan.out)):
+            raise type(own)(message) from error
         reason = limits.explain_loss(error, advise(plan.base)) or last_line(own_error(error) or error)
         raise RayCxrError(
             f"{plan.out}: Ray Tune failed: {reason}; run the same command again, or with --resume, to continue"

@@ -103,7 +103,7 @@ class SearchMonitor(Callback):
             rows = write_trials(self._plan, self._study)
             # The trial that has just ended may still use its files.
             drop_checkpoints(self._plan, self._study, rows, keep={number})
-        except (OSError, optuna.exceptions.OptunaError) as error:
+        except (OSError, RayCxrError, optuna.exceptions.OptunaError) as error:
             # The file is written again when the next trial ends.
             self._on_event(f"tune: WARNING: cannot update trials.parquet: {error}")
 

@@ -190,6 +190,20 @@ def test_store_errors_are_one_line(bucket, name: str, monkeypatch: pytest.Monkey
     assert "\n" not in f"{refused.value}{unreachable.value}"
 
 
+@pytest.mark.parametrize(
+    ("code", "word"), [("SLOW_DOWN", "overloaded"), ("INTERNAL_FAILURE", "overloaded"), ("UNKNOWN", "the network")]
+)
+def test_a_busy_store_has_its_own_remedy(code: str, word: str) -> None:
+    place = remote.to_path("s3://b/study/a/b?region=here")
+    with pytest.raises(RayCxrError, match=word) as caught, remote._store_errors(place):
+        raise OSError(f"When reading: AWS Error {code} during PutObject operation: it failed")
+    message = remote.describe_in(caught.value, remote.to_path("s3://b/study?region=here"))
+    assert message == str(caught.value).replace("/a/b", "")
+    for elsewhere in ("s3://b/stud?region=here", "here"):
+        assert remote.describe_in(caught.value, remote.to_path(elsewhere)) is None
+    assert remote.describe_in(RayCxrError("another error"), remote.to_path("s3://b/study?region=here")) is None
+
+
 def test_missing_bucket_is_named(bucket) -> None:
     place = remote.to_path(bucket("x").replace("chests", "nonesuch"))
     for use in (OPERATIONS["write"], remote.check_bucket):

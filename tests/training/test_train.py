@@ -543,3 +543,19 @@ def test_the_last_lines_say_what_validation_chose(
     assert "0.84" in printed
     assert "chosen on these images" in printed
     assert ("official test split" in printed) == has_gap
+
+
+def test_a_restart_with_other_workers_has_its_reason(tmp_path: Path) -> None:
+    start = {"epoch": 0, "step": 0, "random": [], "policy": "float32", "times": {}, "workers": 2}
+    lines: list[str] = []
+    monitor = RunMonitor(tmp_path, 2, 3, 10.0, lines.append)
+    monitor._start = start
+    note = {"rank": 0, "workers": 2, "seconds": 0.0, "lost": [1]}
+    (tmp_path / "stalled-0.json").write_text(json.dumps(note), encoding="utf-8")
+    for workers in (1, 1, 4):
+        monitor.report_start(start | {"workers": workers}, is_restart=True)
+    assert "1 stopped answering" in lines[0]
+    assert "1 worker instead of 2" in lines[0]
+    assert "lost" in lines[1]
+    assert "4 workers instead of 2" in lines[2]
+    assert "lost" not in lines[2]  # a node has joined

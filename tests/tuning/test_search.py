@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,12 +21,15 @@ import optuna
 import pandas as pd
 import pytest
 from fake_tune import FakeTune
+from ray import tune as ray_tune
 from studies import get_refusal, load_study, read_rows, store_checkpoints
 
 from ray_cxr import cluster, config, environment
 from ray_cxr.config import TrainSettings, TuneSettings
 from ray_cxr.errors import ConfigError, OutputError, RayCxrError
-from ray_cxr.tuning import results, search, searcher, trial
+from ray_cxr.storage import remote
+from ray_cxr.storage.remote import to_path
+from ray_cxr.tuning import results, search, search_monitor, searcher, trial
 from ray_cxr.tuning.plan import StudyPlan
 
 BASE = TrainSettings(backbone="TinyCNN", weights="none", size=64, epochs=3)
@@ -421,3 +425,38 @@ def test_a_trial_whose_node_is_lost_is_raised_so_that_it_restarts(
             assert "was lost" in get_refusal(RayCxrError, trial.run_trial, given, context)
         else:
             assert "failure" in trial.run_trial(given, context)
+
+
+def test_a_bucket_that_fails_while_trials_run_is_named_as_the_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune raises an error of a callback as text."""
+    out = to_path("s3://chests/study?region=here")
+
+    def fit() -> None:
+        try:
+            with remote._store_errors(out / "study.db", "written"):  # type: ignore[arg-type]
+                raise OSError("AWS Error NETWORK_CONNECTION during PutObject operation")
+        except RayCxrError:
+            raise ray_tune.TuneError(traceback.format_exc())  # noqa: B904
+
+    monkeypatch.setattr(search, "wrap_function", lambda _: type("Wrapped", (), {}))
+    monkeypatch.setattr(search.ray_tune, "with_resources", lambda wrapped, _: wrapped)
+    monkeypatch.setattr(search.ray_tune, "Tuner", lambda *_, **__: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(search.cluster, "avoid_spot", lambda *_: {})
+    plan: Any = SimpleNamespace(out=out, settings=TuneSettings(), base=BASE)
+    message = get_refusal(RayCxrError, search._run_tune, plan, print, None, max_concurrent_trials=1)
+    assert message.startswith(f"{out}: cannot be written: NETWORK_CONNECTION; ")
+
+
+def test_a_table_that_cannot_be_stored_is_stored_after_the_next_trial(prepared: Path, tmp_path: Path) -> None:
+    write, failures = search_monitor.write_trials, iter([True])
+
+    def fail_once(*given: Any) -> Any:
+        if next(failures, False):
+            raise RayCxrError("s3://chests/study/trials.parquet: cannot be written: NETWORK_CONNECTION")
+        return write(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_monitor, "write_trials", fail_once)
+        done = run_search(plan_of(prepared, tmp_path / "study", [0.3, 0.4]), fake_trial(), IN_PROCESS)
+    assert sum("WARNING: cannot update trials.parquet" in event for event in done.events) == 1
+    assert done.rows["state"].tolist() == ["finished", "finished"], done.events
