@@ -265,13 +265,13 @@ def _check_validation_split(data: PreparedSet, base: TrainSettings) -> None:
 def _check_schedules(settings: TuneSettings, base: TrainSettings, space: Space) -> None:
     """Raise ConfigError if early stopping would compare trials before the rate of their cosine has fallen."""
     parameters = [parameter for parameter in space.parameters if parameter.field == "schedule"]
-    schedules = {choice for parameter in parameters for choice in parameter.describe()["choices"]}
-    if all(parameter.condition for parameter in parameters):
-        schedules.add(base.schedule)
-    if settings.scheduler != "none" and "cosine" in schedules:
+    searched = any("cosine" in parameter.describe()["choices"] for parameter in parameters)
+    shared = base.schedule == "cosine" and all(parameter.condition for parameter in parameters)
+    if settings.scheduler != "none" and (searched or shared):
+        remedy = "remove cosine from tune.space" if searched else "use train.schedule=constant or plateau"
         raise ConfigError(
             f"tune.scheduler: {settings.scheduler} would compare trials while the rate of a cosine is still high, so "
-            "good ones would be stopped; set train.schedule to constant or plateau, or tune.scheduler to none"
+            f"good ones would be stopped; {remedy}, or use tune.scheduler=none"
         )
 
 
