@@ -45,6 +45,23 @@ class GrayToInput(keras.layers.Layer):
         return {**super().get_config(), "scale": self.scale, "offset": self.offset}
 
 
+class Conv2D(keras.layers.Conv2D):
+    """A convolution with one group per channel, run as a depthwise convolution.
+
+    TensorFlow runs grouped convolutions on CPUs only through XLA, which is slow and which ONNX has no form of. Weights
+    and configuration are those of Keras's Conv2D, and so is the name of the class, by which weights files name layers.
+    """
+
+    def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+        kernel = ops.transpose(kernel, (0, 1, 3, 2))  # [h,w,1,C] to [h,w,C,1]
+        return ops.depthwise_conv(inputs, kernel, self.strides, self.padding, self.data_format, self.dilation_rate)
+
+
+def gelu(x: Any) -> Any:
+    """Return the exact GELU; that of TensorFlow uses `erfc`, of which ONNX has no form."""
+    return 0.5 * x * (1.0 + ops.erf(x * 0.5**0.5))
+
+
 @dataclass(frozen=True)
 class BackboneInfo:
     """How a backbone is constructed and what input it expects; for scale and offset see `GrayToInput`."""
@@ -121,16 +138,22 @@ def features(
 
 
 def _flatten(model: keras.Model, images: Any) -> Any:
-    """Rebuild a model with the layers of its Sequential parts, and their weights; return its output for `images`."""
+    """Rebuild a model with the layers of its Sequential parts, and their weights; return its output for `images`.
+
+    Depthwise convolutions and GELU get a form that is fast on CPUs and can become ONNX.
+    """
 
     def clone(layer: keras.layers.Layer) -> Any:
         if isinstance(layer, keras.Sequential):
             return layer
         config = layer.get_config()
         # Keras numbers layers without a name by what the process has built before.
-        return type(layer).from_config(
-            {**config, "name": re.sub(r"^(layer_normalization)_\d+$", r"\1", config["name"])}
-        )
+        config["name"] = re.sub(r"^(layer_normalization)_\d+$", r"\1", config["name"])
+        if isinstance(layer, keras.layers.Conv2D) and layer.groups == layer.filters > 1:
+            return Conv2D.from_config(config)
+        if isinstance(layer, keras.layers.Activation) and layer.activation is keras.activations.gelu:
+            config["activation"] = gelu
+        return type(layer).from_config(config)
 
     def call(layer: keras.layers.Layer, x: Any, *more: Any, **options: Any) -> Any:
         if not isinstance(layer, keras.Sequential):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ray_cxr import extras
-from ray_cxr.errors import BundleError, ConfigError, OutputError
+from ray_cxr.errors import BundleError, ConfigError, OutputError, first_line
 from ray_cxr.models import runtime
 from ray_cxr.models.bundle import Bundle, load_bundle
 from ray_cxr.storage import atomic, remote
@@ -56,13 +56,15 @@ def _convert(bundle: Bundle, model: Any) -> bytes:
     size = bundle.input_spec.size
     image = tf.TensorSpec((None, size, size, 1), tf.uint8, name="image")
     traced = tf.function(lambda image: both(image, training=False), input_signature=[image], autograph=False)
-    if bundle.info.get("backbone") == "ConvNeXtTiny":
+    try:
+        with hide_user_settings():
+            converted, _ = tf2onnx.convert.from_function(traced, input_signature=[image], opset=OPSET)
+        onnx.checker.check_model(converted)
+    except Exception as error:  # of any kind: for an operation that ONNX lacks, for example
         raise BundleError(
-            f"{bundle.location}: ONNX has no form of ConvNeXtTiny's grouped convolutions as Keras runs them; export "
-            "another backbone"
-        )
-    with hide_user_settings():
-        converted, _ = tf2onnx.convert.from_function(traced, input_signature=[image], opset=OPSET)
+            f"{bundle.location}: tf2onnx cannot convert {bundle.architecture.backbone} ({first_line(error)}); export a "
+            "bundle with another backbone"
+        ) from None
     about = {
         "findings": list(bundle.findings),
         "input_spec": bundle.input_spec.model_dump(mode="json"),
@@ -73,7 +75,6 @@ def _convert(bundle: Bundle, model: Any) -> bytes:
     for key, value in about.items():
         entry = converted.metadata_props.add()
         entry.key, entry.value = f"ray_cxr.{key}", json.dumps(value)
-    onnx.checker.check_model(converted)
     return bytes(converted.SerializeToString())
 
 

@@ -67,15 +67,25 @@ def flatten(model: keras.Model) -> list[keras.layers.Layer]:
     return [layer for layer in layers if layer.weights]
 
 
+def describe_weights(layer: keras.layers.Layer) -> list[Any]:
+    """Return what a file of weights names: class of the layer, names and shapes of its weights."""
+    return [type(layer).__name__, *((re.sub(r"_\d+$", "", v.name), tuple(v.shape)) for v in layer.weights)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["MobileNetV3Small", *LARGE])
 def test_features_equal_the_stock_model_on_preprocessed_rgb(backbone: str) -> None:
     keras.utils.set_random_seed(0)  # some random weights of ResNet50 saturate the outputs
     model = classifier.build(architecture(backbone))
     assert not [layer.name for layer in model.layers if isinstance(layer, keras.Model)]
+    for layer in model.layers:
+        if layer.name.endswith("layer_scale"):  # of ConvNeXt: 1e-6 would hide its blocks
+            layer.set_weights([np.ones_like(value) for value in layer.get_weights()])
     stock = getattr(keras.applications, backbone)(include_top=False, weights=None, input_shape=(SIZE, SIZE, 3))
     for layer in flatten(stock):
-        layer.set_weights(model.get_layer(re.sub("(?<=normalization)_.*", "", layer.name)).get_weights())
+        ours = model.get_layer(re.sub("(?<=normalization)_.*", "", layer.name))
+        assert describe_weights(ours) == describe_weights(layer), "files of weights would not fit"
+        layer.set_weights(ours.get_weights())
     gray = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 1), dtype=np.uint8)
     ours, out = keras.Model(model.input, [model.get_layer("pool").input, model.output])(gray)
     rgb = np.repeat(gray, 3, axis=-1).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnxruntime
@@ -12,6 +13,18 @@ import pytest
 from ray_cxr.cli import main
 from ray_cxr.models import runtime
 from ray_cxr.models.bundle import Bundle
+
+
+@pytest.mark.slow
+def test_an_error_of_the_converter_is_one_line(
+    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tf2onnx.convert.from_function", Mock(side_effect=ValueError("no such op\nand a trace")))
+    assert main(["export-onnx", str(tiny_bundle.path), "--out", str(tmp_path / "model.onnx")]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert "TinyCNN" in last
+    assert "no such op" in last
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -14,11 +14,14 @@ import tensorflow as tf
 from keras.callbacks import LambdaCallback
 from workers import SIZE, make, train, weights
 
+from ray_cxr.config import TrainSettings
 from ray_cxr.errors import RayCxrError
-from ray_cxr.models import classifier
+from ray_cxr.labels import FINDINGS
+from ray_cxr.models import backbones, classifier
 from ray_cxr.models.architecture import Architecture
 from ray_cxr.training import loop
 from ray_cxr.training.loop import TrainState
+from ray_cxr.training.optimizer import FlatOptimizer
 
 KERNEL = "model tiny_conv0/kernel"
 SGD, ADAMW, FOCAL, ASYMMETRIC = {"optimizer": "sgd"}, {"optimizer": "adamw"}, {"loss": "focal"}, {"loss": "asymmetric"}
@@ -114,6 +117,22 @@ def test_the_flat_optimizer_takes_the_steps_of_keras(eager) -> None:
     flat.apply = lambda gradients: stock.apply(list(gradients), flat.weights)
     train(item, 1)
     assert_equal(weights_after(**options), weights(item), "model ")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("backbone", backbones.BACKBONES)
+def test_adamw_decays_kernels_and_no_vectors(backbone: str) -> None:
+    """Without gradients, a step does nothing but decay."""
+    model = classifier.build(Architecture(backbone=backbone, size=32, findings=FINDINGS))
+    settings = TrainSettings(optimizer="adamw", weight_decay=0.5, learning_rate=0.01)
+    flat = FlatOptimizer(settings, model.trainable_weights, [1.0] * len(model.trainable_weights))
+    before = [np.asarray(weight) for weight in flat.weights]
+    flat.apply(flat.list_zeros())
+    for weight, old in zip(flat.weights, before, strict=True):
+        if weight.name in ("kernel", "depthwise_kernel"):
+            np.testing.assert_allclose(weight, old * (1 - 0.01 * 0.5), rtol=1e-5, err_msg=weight.path)
+        else:
+            np.testing.assert_array_equal(weight, old, err_msg=weight.path)
 
 
 def test_every_label_counts_once_and_nulls_and_padding_never(monkeypatch) -> None:

@@ -207,7 +207,7 @@ def test_large_backbones_are_trained_scored_explained_and_exported(
     maps = pd.concat(map(pd.read_parquet, (tmp_path / "scores" / "heatmaps").glob("*.parquet")))
     assert set(maps["height"].dropna()) == {2}
     code, _, err = command("export-onnx", bundle.path, "--out", tmp_path / "m.onnx")
-    assert (code, err.count("ConvNeXtTiny")) == ((2, 1) if backbone == "ConvNeXtTiny" else (0, 0)), err
+    assert code == 0, err
 
 
 RULES = {"findings": 15, "calibration": "temperature", "operating_point": "specificity=0.8"}
