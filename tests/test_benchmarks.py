@@ -65,6 +65,44 @@ def test_uploads_in_the_background_are_compared_with_waiting_for_them(tmp_path: 
     assert set(result["ratios"]) == {"async/none", "sync/none", "async/sync"}
 
 
+@pytest.mark.long
+def test_options_are_compared_on_the_same_images_and_no_training_is_repeated(tmp_path: Path) -> None:
+    options = ["--option", "default", "balance", "--seeds", "2", "--train", "24", "--test", "60", "--epochs", "1"]
+    results = tmp_path / "results.jsonl"
+    for seeds in (["--seeds", "1"], []):
+        done = run_script("recipe.py", "--work", str(tmp_path), *options, *seeds)
+        assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    assert [(row["seed"], row["option"]) for row in rows] == [
+        (seed, option) for seed in (0, 1) for option in ("default", "balance")
+    ]
+    positives = [[one["positives"] for one in row["epochs"][-1][-1]["findings"].values()] for row in rows]
+    assert positives[0] == positives[1] != positives[2] == positives[3]
+    assert '| `balance = "findings"` | 2 |' in done.stdout
+
+
+def test_the_differences_of_options_are_paired_by_seed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    recipe = importlib.import_module("recipe")
+    aurocs = {"default": (0.6, 0.7, 0.8), "bce": (0.61, 0.72, 0.83)}
+    findings = {name: {"auroc": None if name == "Hernia" else 0.5} for name in recipe.FINDINGS}
+    rows = [
+        {
+            "task": "options",
+            "option": option,
+            "seed": seed,
+            "seconds": 1.0,
+            "images": [10, 20],
+            "epochs": [[{"macro_auroc": value, "findings": findings}]],
+        }
+        for option, values in aurocs.items()
+        for seed, value in enumerate(values)
+    ]
+    recipe.show(rows)
+    # The standard error of 0.01, 0.02 and 0.03 is 0.01 / sqrt(3).
+    assert "| 3 | 0.7200 ± 0.1100 | +0.0200 ± 0.0058 | 0.5000 ± 0.0000 | +0.0000 ± 0.0000 |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @LINUX
 def test_scoring_is_compared_with_a_bare_program_and_pytorch_may_be_missing(
