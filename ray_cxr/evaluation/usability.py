@@ -69,11 +69,14 @@ class FittedPoint:
     positives: int | None = None
 
 
-def warn_of_model(model: Mapping[str, Any], flagged: Mapping[str, float | None] | None = None) -> list[Warned]:
+def warn_of_model(
+    model: Mapping[str, Any], flagged: Mapping[str, float | None] | None = None, *, helps: bool = True
+) -> list[Warned]:
     """List the warnings of `bundle.json` or `model.json`; a model without operating points gets one.
 
     Args:
         flagged: per rule, the share of these images that it flags for any finding.
+        helps: whether more flags of this model would help: without, no other rule is advised.
     """
     points, notes = model.get("operating_points") or {}, model.get("rule_notes") or {}
     provenance = model.get("provenance") or {}
@@ -90,11 +93,17 @@ def warn_of_model(model: Mapping[str, Any], flagged: Mapping[str, float | None] 
         n, positives = point.get("n", row.get("n")), point.get("positives", row.get("positives"))
         reason = None if point else _explain_missing(notes.get(finding), n, positives, least, images)
         fitted.append(FittedPoint(finding, point.get("flag_rate"), reason, n, positives))
-    return [*warn_of_missing(fitted, (flagged or {}).get(_REMEDY)), *warn_of_thresholds(fitted, images)]
+    missing = warn_of_missing(fitted, (flagged or {}).get(_REMEDY), helps=helps)
+    return [*missing, *warn_of_thresholds(fitted, images)]
 
 
-def warn_of_missing(points: Sequence[FittedPoint], remedy_rate: float | None = None) -> list[Warned]:
-    """Warn of findings without a threshold, by reason; the rule `_REMEDY` flags `remedy_rate` of these images."""
+def warn_of_missing(
+    points: Sequence[FittedPoint], remedy_rate: float | None = None, *, helps: bool = True
+) -> list[Warned]:
+    """Warn of findings without a threshold, by reason; the rule `_REMEDY` flags `remedy_rate` of these images.
+
+    `helps` is whether more flags of this model would: without, the rule is not advised.
+    """
     missing = [point for point in points if point.reason is not None]
     if not missing:
         return []
@@ -120,12 +129,12 @@ def warn_of_missing(points: Sequence[FittedPoint], remedy_rate: float | None = N
     cost = "" if remedy_rate is None else f" (flags {_percent(remedy_rate)} of these images)"
     remedies = (
         f"another rule, by `ray-cxr recalibrate` with labels and `--set operating_point={_REMEDY}`{cost}"
-        if rules
+        if rules and helps
         else "",
         f"more validation images with {'it' if one else 'them'}" if images else "",
     )
     advice = f"An image without a flag may have {'it' if one else 'them'}."
-    if images or rules:
+    if any(remedies):
         advice += f" Remedy: {' or '.join(filter(None, remedies))}."
     return [Warned("no_threshold", text, advice, names, f"{explained}.")]
 
@@ -195,7 +204,7 @@ def warn_of_chance(
         return []
     more = f", and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     text = f"Flags that are not shown to be better than chance, on {where}: {', '.join(parts[:_NAMED])}{more}."
-    return [Warned("chance", text, findings=tuple(named))]
+    return [Warned("chance", text, "Do not rely on them.", tuple(named))]
 
 
 def warn_of_empty_maps(empty: int, flagged: int, method: str | None) -> list[Warned]:

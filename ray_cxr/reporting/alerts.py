@@ -112,27 +112,36 @@ def summarize_order(found: ReadingOrder, unit: str) -> list[str]:
     if gain.value is None:
         return []
     interval = "no interval" if gain.low is None or gain.high is None else ""
-    when = f"{abs(gain.value):.0f} min {'sooner' if gain.value >= 0 else 'later'}"
+    when = f"{_minutes(gain.value)} min {'sooner' if gain.value >= 0 else 'later'}"
     if not interval and gain.low is not None and gain.high is not None:
         low, high = sorted((abs(gain.low), abs(gain.high)))
-        interval = f"95% interval {low:.0f} to {high:.0f}"
+        interval = f"95% interval {_minutes(low)} to {_minutes(high)}"
         if gain.low < 0.0 < gain.high:
-            interval = f"95% interval {-gain.low:.0f} later to {gain.high:.0f} sooner"
+            interval = f"95% interval {_minutes(gain.low)} later to {_minutes(gain.high)} sooner"
     of_list = f"with {LIST_LENGTH} {units} of {MINUTES_PER_STUDY} minutes each"
     if is_order_worse(found):
         return [
             f"The worklist is worse than first come, first served: abnormal {units} are read {when} ({interval}), "
             f"{of_list}. Check for inverted scores, and do not read in this order."
         ]
-    if not gain.low or gain.low <= 0.0:
+    if not is_order_better(found):
         return [
             f"The worklist is not shown to differ from first come, first served: abnormal {units} are read {when} "
-            f"({interval}), {of_list}."
+            f"({interval}), {of_list}. Do not rely on its order."
         ]
     return [
         f"The worklist brings abnormal {units} forward: they are read {when} ({interval}), {of_list}.",
         f"Normal {units} wait longer. If {units} are read as they arrive, the gain is smaller.",
     ]
+
+
+def is_order_better(found: ReadingOrder) -> bool:
+    """Return whether the worklist is shown to bring abnormal studies forward."""
+    return found.minutes_sooner.low is not None and found.minutes_sooner.low > 0.0
+
+
+def _minutes(value: float) -> str:
+    return f"{abs(value):.0f}" if abs(value) >= 1.0 else f"{abs(value):.1f}"
 
 
 def summarize_alerts(found: Alerts) -> list[str]:
@@ -162,9 +171,11 @@ def list_warnings(
     flags = {finding: table.flags[finding][population.rows] for finding in findings}
     rule = _name_rule(table.operating_points, findings)
     warnings = usability.warn_of_flags(flags, None if rule in (_UNKNOWN, _SEVERAL) else rule)
-    warnings += usability.warn_of_chance(flags, *_list_aurocs(table, evaluation))
+    chance = usability.warn_of_chance(flags, *_list_aurocs(table, evaluation))
+    warnings += chance
     shares = {one.rule: one.shares["images_flagged"].value for one in found.rules}
-    warnings += usability.warn_of_model({**table.model, "findings": table.findings}, shares) if table.is_own else []
+    model = {**table.model, "findings": table.findings}
+    warnings += usability.warn_of_model(model, shares, helps=not chance) if table.is_own else []
     reason = evaluation.macro.headline_reason if evaluation else None
     return [*warnings, *([usability.warn_of_headline(reason)] if reason else [])]
 

@@ -94,7 +94,7 @@ def check_leakage(
         option = "--split test" if has_manifest else "--manifest M.parquet --split test"
         remedies = {
             "test": "Use a manifest whose test split excludes them",
-            None: f"Add `{option}`, or use a table that excludes them",
+            None: f"Add `{option}`, use a table that excludes them, or report without labels",
         }
         remedy = remedies.get(split, "Leave them out")
         if not found.shared_images:

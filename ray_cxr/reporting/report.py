@@ -51,7 +51,7 @@ from ray_cxr.reporting.measures import BootstrapSettings, ModelOutputs, evaluate
 from ray_cxr.reporting.night_results import measure_nights
 from ray_cxr.reporting.nights import NightTable, hash_run, list_night_notes, read_nights
 from ray_cxr.reporting.quality_page import list_quality_images
-from ray_cxr.reporting.report_folder import check_folder
+from ray_cxr.reporting.report_folder import check_folder, check_replaced
 from ray_cxr.reporting.result import Counts, LabelResults, ReportResult, measure_drift, measure_flag_rates
 from ray_cxr.reporting.scores import Location, Scores
 from ray_cxr.reporting.spreadsheets import format_scores
@@ -88,7 +88,8 @@ def write_report(
     Args:
         scores: the folder that `ray-cxr score` wrote; or a Parquet file or folder with image_id and p_<Finding>; or
             several folders of one model, such as those of several nights, or a pattern that matches them.
-        out: the folder for the report; an older report in it is replaced.
+        out: the folder for the report; an older report in it is replaced, but no evaluation by a report of other scores
+            or without labels.
         labels: a manifest; None reports scores without an evaluation.
         split: evaluate only the labels' rows of `train`, `val` or `test`; None takes all rows, and so does `external`,
             which names them images of another hospital.
@@ -121,6 +122,8 @@ def write_report(
     if boxes is not None:
         check_heatmaps(table, str(boxes))
     _check_out(out, table)
+    digests = _read_digests(table, labels)
+    check_replaced(out, digests)
     if any(path is not None and dicomweb.is_dicomweb(path) for path in table.paths):
         dicomweb.configure(pacs or PacsSettings())
     _log.debug("%s: %d rows, %d errors", table.source, len(table.ids), int((~table.ok).sum()))
@@ -143,6 +146,7 @@ def write_report(
         maps = HeatMapReader(table)
         counted = maps.count_flagged(population.rows)
         emptied = usability.warn_of_empty_maps(counted.empty, counted.flagged, counted.method) if counted else []
+        info = evaluated.info if evaluated else {}
         result = ReportResult(
             split=split,
             n_images=n,
@@ -155,8 +159,8 @@ def write_report(
             drift=measure_drift(table, evaluated),
             nights=measure_nights(night_tables) if night_tables else None,
             alerts=alerts,
-            digests=_read_digests(table, labels, labelled),
-            report=facts.describe_report(table, evaluated.info if evaluated else {}),
+            digests={**digests, "tables": info.get("tables") or info.get("digests")},
+            report=facts.describe_report(table, info),
             bootstrap=bootstrap if labels or consensus or boxes else None,
             consensus=consensus_result,
             compared=None
@@ -166,9 +170,9 @@ def write_report(
             heatmaps=counted,
             warnings=[
                 *seen,
-                *unboxed,
                 *list_warnings(table, population, labelled.evaluation if labelled else None, alerts),
                 *emptied,
+                *unboxed,
             ],
             notes=[*_list_notes(table, split, labelled, night_tables), *note_missed_findings(alerts)],
         )
@@ -298,16 +302,14 @@ def _measure_subgroups(table: Scores, evaluated: EvaluationSet) -> tuple[Subgrou
     return measure_groups(groups, images), measure_underdiagnosis(groups, images, find_abnormal(evaluated.labels))
 
 
-def _read_digests(table: Scores, labels: str | Path | None, labelled: LabelResults | None) -> dict[str, Any]:
+def _read_digests(table: Scores, labels: str | Path | None) -> dict[str, Any]:
     location = None if labels is None else Location.of(str(labels))
-    info = labelled.images.info if labelled else {}
     digest = table.model.get("digest")
     return {
         "model": list(table.model_digests) or ([digest] if digest else []),
         "run": hash_run(table.source) if table.is_own and not table.nights else None,
         "input": table.run.get("input_digest"),
         "labels": hashlib.sha256(location.read_bytes()).hexdigest() if location and location.is_file else None,
-        "tables": info.get("tables") or info.get("digests"),
     }
 
 

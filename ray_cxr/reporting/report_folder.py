@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ray_cxr.errors import OutputError
 from ray_cxr.reporting.figure_set import NAMES
@@ -13,6 +16,23 @@ _PAGES = ("report.html", "report.md", "checklist.md", "worklist.csv", "scores.cs
 _NUMBERS = ("metrics.json", "metrics.parquet")
 _FIGURES = tuple(f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg"))
 FILES = frozenset((*_PAGES, *_NUMBERS, *_FIGURES, run_folder.LOCK))
+
+
+def check_replaced(out: Path, digests: Mapping[str, Any]) -> None:
+    """Raise OutputError if a folder holds an evaluation, and the new report is of other scores or has no labels.
+
+    Args:
+        digests: of the new report, as in metrics.json.
+    """
+    try:
+        old = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+        labels = old["digests"]["labels"]
+        same = all(old["digests"][key] == digests[key] for key in ("input", "model"))
+    except (OSError, ValueError, TypeError, KeyError):
+        return
+    if labels is not None and not (same and digests["labels"]):
+        what = "other scores" if digests["labels"] else "scores with labels"
+        raise OutputError(f"--out {out}: holds the evaluation of {what}; name a new folder, or remove this one")
 
 
 def check_folder(out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray_cxr.evaluation.subgroups import Subgroups
 from ray_cxr.evaluation.underdiagnosis import CLAIM_PATIENTS, Rate, Underdiagnosis
 from ray_cxr.imaging.demographics import count_of
 from ray_cxr.reporting import html, plots
-from ray_cxr.reporting.alerts import is_order_worse, summarize_alerts, summarize_order
+from ray_cxr.reporting.alerts import is_order_better, summarize_alerts, summarize_order
 from ray_cxr.reporting.flagged import summarize_flagged
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
 from ray_cxr.reporting.night_results import describe_last, summarize_nights
@@ -26,6 +26,8 @@ from ray_cxr.reporting.worklist import Worklist
 MAX_SENTENCES = 6
 #: Findings that a sentence names, and studies that are read first.
 _NAMED = 3
+#: Fewer boxes say little about heat maps.
+_MANY_BOXES = 10
 
 
 def list_remarks(evaluation: EvaluationResult) -> dict[str, str]:
@@ -83,14 +85,15 @@ def summarize(result: ReportResult, model: Mapping[str, Any], worklist: Worklist
         sections["ranking"] = labelled.ranking.summarize()
         sections |= labelled.decisions.summarize()
         if isinstance(labelled.reading_order, ReadingOrder):
-            unit = "image" if result.flagged.studies is None else "study"
+            unit = "image" if result.flagged.studies.number is None else "study"
             sections["reading_order"] = summarize_order(labelled.reading_order, unit)
-            if is_order_worse(labelled.reading_order):
+            if not is_order_better(labelled.reading_order):
                 top += sections["reading_order"][:1]
         if isinstance(labelled.subgroups, Subgroups):
             summary = labelled.subgroups.single.summary
             made = labelled.subgroups.single.made
             sections["subgroups"] = [f"Subgroups: {summary}." if made else f"{html.capitalise(summary)}."]
+            sections["subgroups"] += _name_differences(labelled.subgroups)
         if isinstance(labelled.underdiagnosis, Underdiagnosis):
             sections["underdiagnosis"] = _summarize_underdiagnosis(labelled.underdiagnosis)
     for name in ("consensus", "compared", "underdiagnosis", "flags"):
@@ -159,19 +162,23 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list
         has_chance = low is not None and high is not None and low <= 0.5 <= high
         chance_level = ", not distinguishable from chance" if has_chance else ""
         if macro.headline_reason is None:
-            sentences.append(f"The macro AUROC over {averaged} is {_format(macro.auroc.shown)}{chance_level}.")
+            shown = _format(macro.auroc.shown, chance=True)
+            sentences.append(f"The macro AUROC over {averaged} is {shown}{chance_level}.")
         aurocs = {finding: findings[finding].auroc.value or 0.0 for finding in macro.findings}
         ranked = sorted(aurocs, key=lambda finding: aurocs[finding])
-        extremes = _summarize_extremes(
-            {f: aurocs[f] for f in ranked if findings[f].fewest_patients >= usability.HEADLINE_PATIENTS}, len(ranked)
-        )
-        (sentences if macro.headline_reason is None else remarks).extend(extremes)
-        shown = {f: findings[f].auroc.shown for f in ranked}
-        known = {f: (a.low, a.high) for f, a in shown.items() if a.low is not None and a.high is not None}
+        intervals = {f: findings[f].auroc.shown for f in ranked}
+        known = {f: (a.low, a.high) for f, a in intervals.items() if a.low is not None and a.high is not None}
         chance = [f for f, (low, high) in known.items() if low <= 0.5 <= high]
+        enough = {f: aurocs[f] for f in ranked if findings[f].fewest_patients >= usability.HEADLINE_PATIENTS}
+        extremes = _summarize_extremes(enough, len(ranked), chance)
+        (sentences if macro.headline_reason is None else remarks).extend(extremes)
         if macro.headline_reason is None and len(chance) > len(ranked) / 2:
+            better = [f"{plots.format_finding(f)} {aurocs[f]:.3f}" for f, (low, _) in known.items() if low > 0.5]
+            only = (
+                f"; only {', '.join(better)} {'is' if len(better) == 1 else 'are'}" if 0 < len(better) <= _NAMED else ""
+            )
             sentences.append(
-                f"{len(chance)} of {count_of(len(ranked), 'finding')} are not distinguishable from chance."
+                f"{len(chance)} of {count_of(len(ranked), 'finding')} are not shown to be better than chance{only}."
             )
         if chance:
             remarks.append(f"Not distinguishable from chance: {_list_findings(chance)}.")
@@ -187,12 +194,13 @@ def _summarize_evaluation(evaluation: EvaluationResult) -> tuple[list[str], list
     return sentences, remarks
 
 
-def _summarize_extremes(aurocs: Mapping[str, float], count: int) -> list[str]:
+def _summarize_extremes(aurocs: Mapping[str, float], count: int, chance: Collection[str] = ()) -> list[str]:
     """Name the findings with the lowest and the highest AUROC, which come in ascending order.
 
     Args:
         aurocs: of the findings with enough patients.
         count: number of findings that have an AUROC.
+        chance: findings whose interval contains 0.5.
     """
     ranked = list(aurocs)
     if len(ranked) < 2:
@@ -201,6 +209,7 @@ def _summarize_extremes(aurocs: Mapping[str, float], count: int) -> list[str]:
     best = f"{aurocs[ranked[-1]]:.3f}"
     equal = [finding for finding in ranked if f"{aurocs[finding]:.3f}" == best]
     highest = f"{plots.format_finding(ranked[-1])} {best}" if len(equal) == 1 else f"{best}, of {len(equal)} findings"
+    highest += ", which may be chance" if equal == ranked[-1:] and equal[0] in chance else ""
     if len(equal) == len(ranked):
         return [f"All have AUROC {best}."]
     least = usability.HEADLINE_PATIENTS
@@ -236,11 +245,12 @@ def _summarize_comparators(result: ReportResult) -> dict[str, list[str]]:
             ]
     overall = result.boxes.localisation.overall if result.boxes else None
     if overall is not None and overall.hit_rate.value is not None:
+        few = "" if overall.n >= _MANY_BOXES else f" Fewer than {_MANY_BOXES} cases say little."
         sections["localisation"] = [
             f"Heat maps peak in or within {TOLERANCE:.0f} pixels of the radiologist's box in "
             f"{html.format_percent(overall.hit_rate.value, 0)} of {count_of(overall.n, 'case')}, against "
             f"{html.format_percent(overall.chance, 0)} for a random point and at most "
-            f"{html.format_percent(overall.ceiling, 0)} for the best possible maps of the same size."
+            f"{html.format_percent(overall.ceiling, 0)} for the best possible maps of the same size.{few}"
         ]
     if result.drift is not None:
         measured = result.drift.measured
@@ -279,7 +289,9 @@ def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
         ]
     if found.tested:
         return [sentence, f"No group clearly differs from the largest one after correction for {corrected}."]
-    few = f"No group is tested against the largest one: that takes {CLAIM_PATIENTS} patients with a finding in both."
+    few = (
+        f"No group is said to differ from the largest one: that takes {CLAIM_PATIENTS} patients with a finding in both."
+    )
     return [sentence, few] if found.groups else [sentence]
 
 
@@ -292,7 +304,23 @@ def _list_findings(findings: Iterable[str]) -> str:
     return ", ".join(map(plots.format_finding, findings))
 
 
-def _format(found: Measurement) -> str:
+def _format(found: Measurement, *, chance: bool = False) -> str:
+    """Format a value with its interval; `chance` adds the AUROC of chance."""
     has_interval = found.low is not None and found.high is not None
     interval = f"95% interval {found.low:.3f} to {found.high:.3f}" if has_interval else "no interval"
-    return f"{found.value:.3f} ({interval})"
+    return f"{found.value:.3f} ({interval}{'; chance is 0.5' if chance else ''})"
+
+
+def _name_differences(found: Subgroups) -> list[str]:
+    """Return a sentence with the largest differences per finding whose interval excludes 0; nothing without any."""
+    clear = [one for one in found.differences if one.finding and not one.crossing and one.excludes_zero]
+    clear.sort(key=lambda one: -abs(one.difference or 0.0))
+    if not clear:
+        return []
+    parts = [
+        f"{plots.format_finding(one.finding or '')}, {'AUROC' if one.quantity == 'auroc' else one.quantity}, "
+        f"{html.format_group(one.value)} minus {html.format_group(one.reference)} "
+        f"{html.format_difference(one.difference)}"
+        for one in clear[:_NAMED]
+    ]
+    return [f"The largest of a finding whose interval excludes 0: {'; '.join(parts)}."]

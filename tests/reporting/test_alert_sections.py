@@ -186,6 +186,7 @@ def test_alerts_without_labels_or_rules(tmp_path: Path) -> None:
         ((-7.0, -14.0, -2.0), "worse than first come, first served", "forward"),
         ((-3.0, -9.0, 4.0), "9 later to 4 sooner", "worse"),
         ((3.0, None, None), "not shown to differ", "forward"),
+        ((0.53, -3.5, 4.4), "0.5 min sooner", "forward"),
     ],
 )
 def test_a_reading_order_that_does_harm_is_called_so(gain: tuple, said: str, not_said: str) -> None:

@@ -417,6 +417,10 @@ def test_unusable_output_is_refused(archive: Archive, tmp_path: Path) -> None:
     (tmp_path / "thesis" / "chapter.tex").write_text("", encoding="utf-8")
     error = refused(OutputError, f"--out {tmp_path / 'thesis'}", scores, tmp_path / "thesis")
     assert "chapter.tex" in error
+    made = report(archive, tmp_path / "made", scores=str(scores), labels=archive.labels(), split="test").out
+    before = {path: path.read_bytes() for path in made.iterdir()}
+    refused(OutputError, f"--out {made}", scores, made)  # it would lose the evaluation
+    assert {path: path.read_bytes() for path in made.iterdir()} == before
     for _ in range(2):  # next to the rows; the second report does not read the first as scores
         report(archive, scores / "report", scores=str(scores))
 
@@ -538,7 +542,8 @@ def test_figures_are_in_the_folder_and_in_a_page_that_loads_nothing(
         assert path.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
     assert names <= {path.stem for path in out.glob("*.png")}
     assert not (out / "priority.png").exists()
-    report(archive, out, scores=scores)  # a report without labels replaces it
+    (out / "metrics.json").unlink()  # a report without labels replaces one whose numbers are gone
+    report(archive, out, scores=scores)
     assert {"priority", "learning_curves"} <= {path.stem for path in out.glob("*.svg")}
     assert not (out / "roc.png").exists()
 

@@ -66,6 +66,8 @@ def test_highest_and_lowest_need_patients_and_name_shared_values() -> None:
     assert summary._summarize_extremes({"Mass": 1.0}, 1) == []
     aurocs = {"Nodule": 0.5, "Mass": 1.0, "Edema": 1.0}
     assert summary._summarize_extremes(aurocs, 3) == ["Lowest AUROC: Nodule 0.500. Highest: 1.000, of 2 findings."]
+    (uncertain,) = summary._summarize_extremes({"Nodule": 0.5, "Mass": 0.7}, 2, ["Nodule", "Mass"])
+    assert "Mass 0.700, which may be chance" in uncertain
     (limited,) = summary._summarize_extremes(aurocs, 14)
     assert limited.startswith("Of the 3 findings with at least 5 patients")
 
