@@ -1,6 +1,7 @@
 """Compare the speed of `ray-cxr score` with simple programs, on this machine in the same hour. Linux only.
 
     .venv/bin/python benchmarks/scoring.py --work DIR --out speed.json      compare speeds
+    .venv/bin/python benchmarks/scoring.py --work DIR --table               print the table of docs/scoring.md
     .venv/bin/python benchmarks/scoring.py --work DIR --profile             show where the start-up time goes
     .venv/bin/python benchmarks/scoring.py --work DIR --full                112,120 rows, killed once in between
     .venv/bin/python benchmarks/scoring.py --work DIR --memory              memory of the driver per row
@@ -88,6 +89,8 @@ WARM_UP = 0.15
 MEMORY_ROWS = (1_000, 100_000, 1_000_000)
 #: Seconds that the command of --full may take.
 FULL_S = 12 * 3600.0
+#: `--table`: images of each round, rounds, and images of the additional round that measures the whole command.
+TABLE_IMAGES, TABLE_ROUNDS, WHOLE_IMAGES = 1_200, 10, 10_000
 SAMPLE_S = 1.0
 #: Seconds within which the other processes of a killed command must end.
 ORPHANS_S = 120.0
@@ -778,6 +781,52 @@ def show_speed(console: Any, result: dict[str, Any], arguments: argparse.Namespa
     console.print(f"the machine's load was {result['load_before']:.1f} before and {result['load_after']:.1f} after")
 
 
+def measure_table(arguments: argparse.Namespace, workspace: Workspace, console: Any) -> dict[str, Any]:
+    """Measure the rounds of the table, then one round with many images for the whole command."""
+    whole = argparse.Namespace(**{**vars(arguments), "images": WHOLE_IMAGES, "rounds": 1})
+    result = {}
+    for name, chosen in (("rounds", arguments), ("whole", whole)):
+        result[name] = measure_speed(chosen, workspace)
+        show_speed(console, result[name], chosen)
+    return result
+
+
+def show_table(console: Any, result: dict[str, Any], precisions: Sequence[str]) -> None:
+    """Print the table of docs/scoring.md, in Markdown."""
+    short, whole = result["rounds"], result["whole"]
+    titles = {
+        "ours": "`ray-cxr score`",
+        "bound": "our decoder and runtime without Ray",
+        "inline": "the same, decoding without child processes",
+    }
+
+    def list_values(part: dict[str, Any], key: str, what: str) -> str:
+        return format_spread([each[what] for each in part["contestants"][key]["rounds"]])
+
+    def format_ratio(part: dict[str, Any], precision: str, what: str) -> str:
+        (bar,) = (one for one in part["bars"] if (one["contestant"], one["what"]) == (f"ours-{precision}", what))
+        interval = "" if bar["interval"] is None else " ({:.2f} to {:.2f})".format(*bar["interval"])
+        return f"{bar['ratio']:.2f}{interval}"
+
+    rows = []
+    for part, what, unit in (
+        (short, "cpu", "ms of CPU per image"),
+        (short, "steady", "images/s after the first"),
+        (short, "first", "seconds until the first"),
+        (whole, "whole", f"images/s, whole command with {WHOLE_IMAGES:,} images"),
+    ):
+        for kind, title in titles.items():
+            rows.append((unit, title, [list_values(part, f"{kind}-{one}", what) for one in precisions]))
+            unit = ""
+        if what != "first":
+            best = "lower" if what == "cpu" else "higher"
+            rows.append(("", f"`score` / the {best} of these", [format_ratio(part, one, what) for one in precisions]))
+    console.print(f"| | | {' | '.join(precisions)} |")
+    console.print("|---" * (2 + len(precisions)) + "|")
+    for unit, title, cells in rows:
+        console.print(f"| {unit} | {title} | {' | '.join(cells)} |")
+
+
 def show_cpu(console: Any, result: dict[str, Any]) -> None:
     """Print each contestant's processor time by process, medians of the rounds."""
     for one in result["contestants"].values():
@@ -1021,9 +1070,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="real radiographs (../shared)")
     parser.add_argument("--backbone", default="DenseNet121", help="TinyCNN for a quick try (DenseNet121)")
     parser.add_argument("--size", default=224, help="of the model's input, pixels (224)", **POSITIVE)
-    parser.add_argument("--images", default=None, help="to score in each round (2000; with --profile 128)", **POSITIVE)
+    parser.add_argument("--images", help="to score in each round (2000; --table 1200, --profile 128)", **POSITIVE)
     parser.add_argument("--rival-images", default=512, help="for Keras and PyTorch, which are slow (512)", **POSITIVE)
-    parser.add_argument("--rounds", default=3, help="runs of each contestant (3)", **POSITIVE)
+    parser.add_argument("--rounds", help="runs of each contestant (3; --table 10)", **POSITIVE)
     parser.add_argument(
         "--precision", default="bf16,int8", help="of ours and the bound; --full takes the first (bf16,int8)"
     )
@@ -1031,6 +1080,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--torch", default=sys.executable, metavar="PYTHON", help="interpreter with PyTorch and Pillow")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="key=value", help="for score")
     modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--table", action="store_true", help="ours and the bound, as in docs/scoring.md")
     modes.add_argument("--profile", action="store_true", help="only ours, the bound and ray.init(): the start-up")
     modes.add_argument("--full", action="store_true", help="all rows of the archive, with a kill")
     modes.add_argument("--memory", action="store_true", help="the driver's memory by rows of the manifest")
@@ -1048,14 +1098,21 @@ def parse() -> argparse.Namespace:
     arguments.precision = list(dict.fromkeys(arguments.precision.split(",")))
     if unknown := set(arguments.precision) - {"fp32", "bf16", "int8"}:
         parser.error(f"--precision {','.join(sorted(unknown))}: give fp32, bf16 or int8, or several with commas")
-    if arguments.images is None:
-        arguments.images = 128 if arguments.profile else 2000
+    images, rounds, kinds = 2000, 3, ("ours", "bound", "keras", "torch", "ray")
+    if arguments.profile:
+        images, kinds = 128, ("ours", "bound", "ray")
+    if arguments.table:
+        images, rounds, kinds = TABLE_IMAGES, TABLE_ROUNDS, ("ours", "bound")
+        if arguments.only is not None or "fp32" in arguments.precision:
+            parser.error("--table has fixed contestants in bf16 and int8: remove --only, and fp32 from --precision")
+    arguments.images, arguments.rounds = arguments.images or images, arguments.rounds or rounds
     if arguments.only is None:
-        kinds = ("ours", "bound", "ray") if arguments.profile else ("ours", "bound", "keras", "torch", "ray")
         arguments.only = [
             key
             for key, one in CONTESTANTS.items()
-            if one.kind in kinds and (one.kind not in ("ours", "bound") or one.precision in arguments.precision)
+            if one.kind in kinds
+            and not (arguments.table and one.prepared)
+            and (one.kind not in ("ours", "bound") or one.precision in arguments.precision)
         ]
     arguments.memory_rows = sorted(set(arguments.memory_rows))
     arguments.settings = [word for text in arguments.overrides for word in ("--set", text)]
@@ -1072,6 +1129,9 @@ def measure(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     elif arguments.memory:
         result["memory"] = measure_memory(arguments, workspace)
         show_memory(console, result["memory"])
+    elif arguments.table:
+        result["table"] = measure_table(arguments, workspace, console)
+        show_table(console, result["table"], arguments.precision)
     else:
         drop_torch(arguments, console)
         result["speed"] = measure_speed(arguments, workspace)

@@ -234,6 +234,15 @@ def test_scoring_from_a_pacs_is_compared_with_the_same_files_on_disk(tmp_path: P
     assert [(one["contestant"], one["rival"]) for one in result["ratios"]] == [("pacs", "disk"), ("pacs", "loop")]
 
 
+def test_interval_of_a_median_lies_between_two_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 10 values, the median is outside the second and the ninth with a probability of 22 / 1024, on both sides."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    find_median_interval = importlib.import_module("harness").find_median_interval
+    assert find_median_interval([3, 1, 2, 9, 5, 4, 7, 6, 10, 8]) == (2, 9)
+    assert find_median_interval([1, 2, 3, 4, 5, 6]) == (1, 6)
+    assert find_median_interval([1, 2, 3, 4, 5]) is None
+
+
 def test_a_prediction_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 images, 2 nodes of 5 cores at 10 images per second, files of 100 rows."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
