@@ -15,8 +15,9 @@ patients. All options of a seed have the same images. Every run trains for the s
 last epoch, so that nothing is selected. Trainings run one after another on one thread, without Ray.
 
 DIR/results.jsonl gets a line after each training, so that the script can be stopped and started again; trainings that
-are there are not repeated, so choose a new DIR after changes. `--show` prints their tables: means ± standard
-deviations over the seeds, and differences ± standard errors, paired by seed. Exit codes: 0 done; 2 wrong arguments.
+are there are not repeated, so choose a new DIR after changes. The tables, which `--show` prints without training, have
+means ± standard deviations over the first `--seeds` seeds, and differences ± standard errors, paired by seed. Exit
+codes: 0 done; 2 wrong arguments.
 """
 
 from __future__ import annotations
@@ -229,13 +230,13 @@ def build_settings(task: Task, option: str, seed: int, arguments: argparse.Names
     return TrainSettings(size=SIZE, weights="none", seed=seed, **given)
 
 
-def make_weights(to: TrainSettings, arguments: argparse.Namespace) -> Path:
-    """Train the backbone of settings on phantoms, unless an earlier call did, and return its weights."""
-    path = Path(arguments.work) / f"{to.backbone}.weights.h5"
+def make_weights(task: Task, arguments: argparse.Namespace) -> Path:
+    """Train the backbone of a task on phantoms, unless an earlier call did, and return its weights."""
+    path = Path(arguments.work) / f"{task.settings['backbone']}.weights.h5"
     if not path.exists():
         data = draw_phantoms(arguments.pretraining, PRETRAINING_SEED, arguments.contrast)
-        given = {"learning_rate": 1e-3, "batch_size": to.batch_size, "epochs": arguments.epochs or PRETRAINING_EPOCHS}
-        settings = TrainSettings(backbone=to.backbone, size=SIZE, weights="none", **given)
+        changes = {"learning_rate": 1e-3, "epochs": arguments.epochs or PRETRAINING_EPOCHS, "steps_per_epoch": None}
+        settings = TrainSettings(size=SIZE, weights="none", **{**task.settings, **changes})
         some = make_data(np.asarray(data.images)[:1000], data.labels[:1000])
         loop, results = train(settings, data, some, "none", judge_export)
         partial = path.with_name(f"partial-{path.name}")
@@ -256,7 +257,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 if (name, option, seed) in done or option not in task.options:
                     continue
                 settings = build_settings(task, option, seed, arguments)
-                weights = str(make_weights(settings, arguments)) if task.pretrained else "none"
+                weights = str(make_weights(task, arguments)) if task.pretrained else "none"
                 images, started = split_images(task, seed, arguments), time.monotonic()
                 judge = judge_statistics if task.has_statistics else judge_export
                 _, epochs = train(settings, *images, weights, judge, every_epoch=task.has_statistics)
@@ -292,13 +293,13 @@ def format_difference(pairs: Sequence[tuple[float, float]]) -> str:
     differences = [a - b for a, b in pairs]
     mean = statistics.mean(differences)
     if len(pairs) == 1:
-        return f"{mean:+.4f}"
-    return f"{mean:+.4f} ± {statistics.stdev(differences) / len(pairs) ** 0.5:.4f}"
+        return f"{mean:+.3f}"
+    return f"{mean:+.3f} ± {statistics.stdev(differences) / len(pairs) ** 0.5:.3f}"
 
 
 def format_values(values: Sequence[float]) -> str:
     """Return the mean and the standard deviation."""
-    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+    return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def print_row(*cells: Any) -> None:
@@ -377,7 +378,7 @@ def main() -> int:
     arguments.work.mkdir(parents=True, exist_ok=True)
     if not arguments.show:
         measure(arguments)
-    show(read_results(arguments.work / "results.jsonl"))
+    show([one for one in read_results(arguments.work / "results.jsonl") if one["seed"] < arguments.seeds])
     return 0
 
 

@@ -100,7 +100,7 @@ def test_the_differences_of_options_are_paired_by_seed(monkeypatch: pytest.Monke
     ]
     recipe.show(rows)
     # The standard error of 0.01, 0.02 and 0.03 is 0.01 / sqrt(3).
-    assert "| 3 | 0.7200 ± 0.1100 | +0.0200 ± 0.0058 | 0.5000 ± 0.0000 | +0.0000 ± 0.0000 |" in capsys.readouterr().out
+    assert "| 3 | 0.720 ± 0.110 | +0.020 ± 0.006 | 0.500 ± 0.000 | +0.000 ± 0.000 |" in capsys.readouterr().out
 
 
 @pytest.mark.slow
