@@ -26,6 +26,8 @@ EPSILON = 1e-7
 #: Rules whose operating points are reported next to the chosen operating point.
 ALTERNATIVES = (DEFAULT_RULE, "youden", "sensitivity=0.9", "specificity=0.9", "flag_rate=0.1", "npv=0.99")
 _RIDGE = 1e-6
+#: Why a finding has no operating point: its flags would be no better than chance, or point away from it.
+_INVERTED = "scores are not higher with the finding (AUROC of 0.5 or less)"
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ def fit_rules(
         fit_calibration(labels[rows, j], probabilities[rows, j], method, min_positives) for j, rows in enumerate(known)
     ]
     slopes = np.array([1.0 if scaling is None else scaling.slope for scaling, _ in scalings])
+    slopes[[_is_inverted(labels[rows, j] == 1, probabilities[rows, j]) for j, rows in enumerate(known)]] = 0.0
     points = {
         each: find_operating_points(labels, probabilities, findings, each, min_positives, slopes)
         for each in (rule, *others)
@@ -147,6 +150,12 @@ def fit_rules(
         parts = [f"no {missing}: {reason}" for missing, reason in reasons.items() if reason is not None]
         fitted.rule_notes[name] = no_point if no_point == no_scaling else "; ".join(parts)
     return fitted
+
+
+def _is_inverted(y: np.ndarray, p: np.ndarray) -> bool:
+    """Return whether the scores rank positives no higher than negatives; unknown, and False, without one of them."""
+    value = metrics.auroc(y, p)
+    return value is not None and value <= 0.5 and np.ptp(p) > 0.0
 
 
 def fit_calibration(
@@ -303,7 +312,8 @@ def find_operating_points(
 
     Args:
         labels, probabilities, findings: see `fit_rules`.
-        slopes: of each finding's calibration, float64 [F]; None for 1.
+        slopes: of each finding's calibration, float64 [F]; None for 1. A finding whose slope is not positive has no
+            operating point.
 
     Returns:
         Per finding (operating point, None) or (None, reason).
@@ -311,14 +321,16 @@ def find_operating_points(
     rule, name, target = _parse_rule(rule)
     known = [labels[:, j] >= 0 for j in range(len(findings))]
     single = "youden" if name == "any_flag_rate" else rule
+    scale = np.ones(len(findings)) if slopes is None else slopes
     points = [
         find_operating_point(labels[rows, j], probabilities[rows, j], single, min_positives)
+        if scale[j] > 0.0
+        else (None, _INVERTED)
         for j, rows in enumerate(known)
     ]
     if name != "any_flag_rate":
         return points
     p = np.asarray(probabilities, dtype=np.float32)
-    scale = np.ones(len(findings)) if slopes is None else slopes
     starts = {
         j: float(_compute_logit(np.array(point["threshold"])))
         for j, (point, _) in enumerate(points)

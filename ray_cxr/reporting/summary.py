@@ -20,7 +20,7 @@ from ray_cxr.reporting.flagged import summarize_flagged
 from ray_cxr.reporting.measures import EvaluationResult, Measurement
 from ray_cxr.reporting.night_results import describe_last, summarize_nights
 from ray_cxr.reporting.result import ReportResult
-from ray_cxr.reporting.worklist import Worklist
+from ray_cxr.reporting.worklist import Worklist, is_doubtful
 
 #: Of the main results.
 MAX_SENTENCES = 6
@@ -108,13 +108,19 @@ def _summarize_worklist(worklist: Worklist) -> tuple[list[str], list[str]]:
         return [], []
     first = f"Read first, in the order of the worklist: {', '.join(line['image_id'] for line in ranked[:_NAMED])}."
     flagged = [line for line in worklist.lines if line["flagged"]]
-    if not flagged:
+    doubtful = sum(map(is_doubtful, worklist.lines))
+    if not flagged and not doubtful:
         return [first], ["No row has a flag: all rows are in order of priority, highest first."]
     has = "has a flag and comes" if len(flagged) == 1 else "have a flag and come"
     rows = f"{len(flagged):,} of {count_of(len(worklist.lines), 'row')} {has} first"
     if len(flagged) == len(worklist.lines):
         rows = f"All {len(flagged):,} rows have a flag"
-    order = f"{rows}; rows with and rows without a flag are each in order of priority, highest first."
+    doubt = f"{doubtful:,} with a quality flag or an image without a score"
+    if not flagged:
+        rows = f"No row has a flag; first {'comes' if doubtful == 1 else 'come'} {doubt}"
+    elif doubtful:
+        rows += f", then {doubt}"
+    order = f"{rows}; each part is in order of priority, highest first."
     unranked = [line["flagged"] for line in flagged if line["flagged"] == line["flagged_unranked"]]
     if unranked:
         names = dict.fromkeys(name for names in unranked for name in names.split("|"))

@@ -1,4 +1,8 @@
-"""The worklist: one row per study. Those with a flag come first; both parts are in order of priority."""
+"""The worklist: one row per study.
+
+Studies with a flag come first, then those that need a look for another reason, which are images with a quality flag or
+without a score. Each part is in order of priority.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +53,11 @@ class Worklist:
         }
 
 
+def is_doubtful(line: dict[str, str]) -> bool:
+    """Return whether a line needs a look, although none of its images has a flag."""
+    return not line["flagged"] and bool(line["quality_flags"] or line["errors"])
+
+
 def build_worklist(table: Scores) -> Worklist:
     """List the studies of a score table; `flagged_unranked` names flags of findings that the priority leaves out."""
     codes, studies, order = order_studies(table)
@@ -95,6 +104,7 @@ def order_studies(table: Scores) -> tuple[np.ndarray, list[list[int]], list[int]
         studies, the one to read first at the front.
     """
     codes, places = sort_studies(table)
+    parts = _find_parts(table, codes, len(places))
     every = np.arange(len(codes))
     images = _to_sort_values(table.ranking.order_groups(every, len(every), every, table.priority))
     studies: list[list[int]] = [[] for _ in range(len(places))]
@@ -104,10 +114,10 @@ def order_studies(table: Scores) -> tuple[np.ndarray, list[list[int]], list[int]
         best = min(rows, key=lambda row: (images[row], table.ids[row]))
         rows.sort(key=lambda row: row != best)
 
-    def sort_key(study: int) -> tuple[float, str, str, str]:
+    def sort_key(study: int) -> tuple[int, float, str, str, str]:
         # Studies of equal priority are ordered by their ids.
         row = studies[study][0]
-        return places[study], table.patients[row] or "", table.studies[row] or "", table.ids[row]
+        return parts[study], places[study], table.patients[row] or "", table.studies[row] or "", table.ids[row]
 
     return codes, studies, sorted(range(len(studies)), key=sort_key)
 
@@ -115,18 +125,25 @@ def order_studies(table: Scores) -> tuple[np.ndarray, list[list[int]], list[int]
 def sort_studies(table: Scores) -> tuple[np.ndarray, np.ndarray]:
     """Return the study of each row, int64 [n], and the place of each study in the worklist, float64.
 
-    The smallest is first: studies with a flag, also of a finding that the priority leaves out, and then the others;
-    both in order of priority, highest first. Studies with equal places are ordered by ids. The place is infinite
-    without a flag and a probability, as of failed images.
+    The smallest is first: studies with a flag, also of a finding that the priority leaves out, then those that need a
+    look for another reason, then the others; each part in order of priority, highest first. Studies with equal places
+    are ordered by ids. The place is infinite without a flag and a probability, as of failed images.
     """
     codes, n_studies = group_studies(table.patients, table.studies)
     urgency = _to_sort_values(table.ranking.order_groups(codes, n_studies, np.arange(len(codes)), table.priority))
-    flagged = np.zeros(n_studies, dtype=bool)
-    for finding in _list_flagged(table)[0]:
-        flagged[codes[table.flags[finding] == 1]] = True
-    _, places = np.unique(np.column_stack([~flagged, urgency]), axis=0, return_inverse=True)
+    parts = _find_parts(table, codes, n_studies)
+    _, places = np.unique(np.column_stack([parts, urgency]), axis=0, return_inverse=True)
     # A probability of 1 has the urgency -inf here, a missing one +inf.
-    return codes, np.where(~flagged & np.isposinf(urgency), np.inf, places.reshape(-1).astype(float))
+    return codes, np.where((parts > 0) & np.isposinf(urgency), np.inf, places.reshape(-1).astype(float))
+
+
+def _find_parts(table: Scores, codes: np.ndarray, n_studies: int) -> np.ndarray:
+    """Return the part of the worklist of each study: 0 with a flag, 1 for a quality flag or a failed image, else 2."""
+    parts = np.full(n_studies, 2)
+    parts[codes[~table.ok | table.quality_flags.astype(bool)]] = 1
+    for finding in _list_flagged(table)[0]:
+        parts[codes[table.flags[finding] == 1]] = 0
+    return parts
 
 
 def _list_flagged(table: Scores) -> tuple[list[str], tuple[str, ...]]:

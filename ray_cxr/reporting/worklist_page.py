@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ray_cxr.imaging.demographics import count_of
 from ray_cxr.imaging.overlays import HeatMap, draw_overlay, scale_to_side
 from ray_cxr.imaging.sandbox import Decoder
 from ray_cxr.labels import NO_FINDING
 from ray_cxr.reporting.cases import HeatMapReader, encode_webp, load_image
 from ray_cxr.reporting.plots import format_finding
 from ray_cxr.reporting.scores import Scores
-from ray_cxr.reporting.worklist import Worklist
+from ray_cxr.reporting.worklist import Worklist, is_doubtful
 
 #: Rows with images, and rows of the table.
 CARDS, ROWS = 10, 25
@@ -85,9 +86,17 @@ def explain_first(worklist: Worklist) -> str:
     n_flagged = sum(bool(line["flagged"]) for line in worklist.lines)
     if n_flagged == 1:
         return f"First because it is the only row with a flag ({_list(line['flagged'])})."
-    rows = f"the {n_flagged:,} rows with a flag" if n_flagged else f"all {n:,} rows, none of which has a flag"
+    n_doubtful = sum(is_doubtful(line) for line in worklist.lines)
+    rows = f"all {n:,} rows, none of which has a flag"
+    if n_flagged:
+        rows = f"the {n_flagged:,} rows with a flag"
+    elif n_doubtful:
+        rows = f"{count_of(n_doubtful, 'row')} with a quality flag or an image without a score; no row has a flag"
     # A table of another system can have its own priority.
-    of_all = "all its probabilities combined" if worklist.combines else "a column of the scores"
+    of_all = (
+        "its calibrated probabilities combined" if worklist.c and worklist.combines else "its probabilities combined"
+    )
+    of_all = of_all if worklist.combines else "a column of the scores"
     left_out = f", without {_list(line['flagged_unranked'])}" if line["flagged_unranked"] else ""
     return f"First because it has the highest priority ({of_all}{left_out}) of {rows}."
 
@@ -117,6 +126,10 @@ def _build_row(table: Scores, worklist: Worklist, place: int) -> StudyRow:
     found.sort(key=lambda score: (not score.flagged, -((score.c if calibrated else score.p) or 0.0)))
     n_flagged = sum(score.flagged for score in found)
     shown = found[: min(_AT_MOST, max(_AT_LEAST, n_flagged))]
+    # A finding that cannot be flagged has often the highest raw probability, and a reader should know it.
+    highest = max(found, key=lambda score: score.p or 0.0, default=None)
+    if highest is not None and highest.threshold is None and highest not in shown:
+        shown.append(highest)
     priority, abnormality = (_number(values[place]) for values in (worklist.priority, worklist.abnormality))
     return StudyRow(line, priority, abnormality, shown, max(0, n_flagged - len(shown)))
 

@@ -361,10 +361,10 @@ def test_rules_per_finding() -> None:
 def test_missing_rules_have_a_reason() -> None:
     for y, p, rule, missing, part in (
         ([0, 1], [0.3, 0.3], "youden", ["calibration", "operating point"], "equal"),
-        ([0, 1], [0.3, 0.2], "youden", ["calibration", "operating point"], "better than chance"),
+        ([0, 1], [0.3, 0.2], "youden", ["calibration", "operating point"], "not higher with the finding"),
+        ([0, 1], [0.3, 0.2], "sensitivity=0.99", ["calibration", "operating point"], "slope"),
         ([0, 1], [0.3, 0.3], "specificity=0.9", ["calibration", "operating point"], "specificity=0.9"),
         ([0] * 5 + [1] * 10, [1e-6] * 5 + [0.0] + [0.9] * 9, "sensitivity=0.99", ["operating point"], "saturated"),
-        ([0, 1], [0.3, 0.2], "sensitivity=0.99", ["calibration"], "slope"),
         ([1, 1], [0.3, 0.2], "youden", [], "0 negatives, needs 1"),  # one reason for both
         ([0, 0], [0.3, 0.2], "sensitivity=0.99", [], "0 positives, needs 1"),
     ):
@@ -494,3 +494,18 @@ def test_cross_fitted_error_without_labels_or_patients() -> None:
     assert calibration.cross_fitted_error(half, p, patients) == pytest.approx(alone)
     # With a single patient one half is empty: the error of scores that are not calibrated is no estimate of it.
     assert calibration.cross_fitted_error(labels[:, :1], p[:, :1], np.array(["a"] * len(p))) is None
+
+
+@pytest.mark.parametrize("rule", ["any_flag_rate=0.5", "youden", "sensitivity=0.9", "flag_rate=0.1"])
+def test_a_finding_whose_scores_are_lower_with_it_gets_no_flags(rule: str) -> None:
+    """Nodule has higher scores without the finding; the limit of the joint rule is left to Mass."""
+    y = np.tile([[1, 1], [0, 0]], (20, 1))
+    p = np.random.default_rng(0).uniform(0.1, 0.5, (40, 2)).astype(np.float32)
+    p[::2, 0] += 0.3
+    p[1::2, 1] += 0.3
+    found = calibration.fit_rules(y, p, ["Mass", "Nodule"], rule=rule)
+    assert (found.operating_points["Nodule"], found.calibration["Nodule"]) == (None, None)
+    assert all(point is None for point in found.operating_alternatives["Nodule"].values())
+    assert found.rule_notes["Nodule"]
+    alone = calibration.fit_rules(y[:, :1], p[:, :1], ["Mass"], rule=rule)
+    assert found.operating_points["Mass"] == alone.operating_points["Mass"] is not None

@@ -39,7 +39,7 @@ def whole() -> dict[str, Any]:
     table = frame()
     y = table[list(FINDINGS)].to_numpy(dtype=float, na_value=0.0)
     p = (1 / (1 + np.exp(-(y + np.random.default_rng(1).normal(size=y.shape))))).astype(np.float32)
-    p[(table["sex"] == "F").to_numpy() & (y[:, 4] == 1), 4] = 0.01  # missed in all women
+    p[y[:, 4] == 1, 4] = np.where(table["sex"] == "F", 0.01, 0.99)[y[:, 4] == 1]  # missed in all women
     rules = fit_rules(table[list(FINDINGS)].to_numpy(dtype=float, na_value=np.nan), p, FINDINGS, rule="youden")
     fit = {"method": "platt", "min_positives": 5}
     measured = provenance.evaluate_validation(table, p, FINDINGS, rules, **fit)

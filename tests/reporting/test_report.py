@@ -469,10 +469,13 @@ def test_worklist_has_one_row_per_study(unlabelled: Report) -> None:
     archive, rows = unlabelled.archive, unlabelled.worklist()
     assert len(rows) == 120  # of every three images, two share a study and one has none
     assert [sum(int(row[name]) for row in rows) for name in ("n_images", "n_errors")] == [180, 3]
-    order = [(not row["flagged"], -float(row["priority"])) for row in rows if row["priority"]]
-    assert order == sorted(order), "first the studies with a flag"
-    assert [row["priority"] for row in rows[-2:]] == ["", ""]
-    assert {row["errors"] for row in rows[-2:]} == {"corrupt|missing", "missing"}
+    doubtful = [bool(row["quality_flags"] or row["errors"]) for row in rows]
+    parts = [0 if row["flagged"] else 1 if doubt else 2 for row, doubt in zip(rows, doubtful, strict=True)]
+    order = [(part, -float(row["priority"] or 0)) for part, row in zip(parts, rows, strict=True)]
+    assert order == sorted(order), "studies with a flag first, then those that need a look for another reason"
+    failed = [row for row in rows if not row["priority"]]
+    assert {row["errors"] for row in failed} == {"corrupt|missing", "missing"}
+    assert rows[-1]["priority"]
     study = next(row for row in rows if row["patient_id"] == "20" and row["study_id"] == "s20")
     highest = {f: archive.p[f][60:62].max() for f in archive.diseases}
     abnormality = 1 - np.prod([1 - 0.9 * p for p in highest.values()])

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ray_cxr.reporting.scores import Scores, read_scores
-from ray_cxr.reporting.worklist import build_worklist
+from ray_cxr.reporting.worklist import build_worklist, is_doubtful
 from ray_cxr.reporting.worklist_page import explain_first
 
 
@@ -50,10 +50,10 @@ def test_a_study_has_the_highest_probability_of_each_finding(tmp_path: Path) -> 
     columns = ("priority", "abnormality", "top_finding", "image_id", "n_images", "errors")
     assert shown(table, *columns) == [
         ("0.6", "0.6", "Mass", "a", "3", "corrupt"),
-        ("0.55", "0.55", "Mass", "d", "1", ""),
         ("", "", "", "e", "1", "missing"),
+        ("0.55", "0.55", "Mass", "d", "1", ""),
     ]
-    assert shown(table, "p_Mass", "p_Nodule") == [("0.5", "0.2"), ("0.55", "0.0"), ("", "")]
+    assert shown(table, "p_Mass", "p_Nodule") == [("0.5", "0.2"), ("", ""), ("0.55", "0.0")]
     np.testing.assert_allclose(table.priority, [0.55, 0.28, np.nan, 0.55, np.nan], atol=1e-12)
     assert "1 - product of (1 - p)" in " ".join(table.ranking.notes)
 
@@ -88,9 +88,9 @@ def test_rows_with_a_flag_come_first_also_of_a_finding_without_calibration(tmp_p
     assert "Hernia" in table.ranking.notes[0]
 
 
-def test_a_probability_of_1_is_first_and_not_last_with_the_failures(tmp_path: Path) -> None:
+def test_a_probability_of_1_is_the_first_of_its_part(tmp_path: Path) -> None:
     table = read(tmp_path, p_Mass=[0.4, 1.0, None], status=["ok", "ok", "error"], error_code=[None, None, "corrupt"])
-    assert shown(table, "image_id", "priority") == [("b", "1.0"), ("a", "0.4"), ("c", "")]
+    assert shown(table, "image_id", "priority") == [("c", ""), ("b", "1.0"), ("a", "0.4")]
 
 
 def test_uncalibrated_tables_say_so(tmp_path: Path) -> None:
@@ -143,3 +143,27 @@ def test_the_first_row_says_why_it_is_first(tmp_path: Path) -> None:
         assert all(part in reason for part in parts), reason
     (tmp_path / "single").mkdir()
     assert explain_first(build_worklist(read(tmp_path / "single", p_Mass=[0.1]))) == ""
+
+
+def test_what_needs_a_look_stands_before_what_does_not(tmp_path: Path) -> None:
+    """Flags first, then a quality flag (d) and an image without a score (c, e), then the others by priority."""
+    run = {"operating_points": {"Mass": {"threshold": 0.6}}}
+    table = read(
+        tmp_path,
+        run,
+        study_id=["s", "t", "u", "v", "u2", "w"],
+        status=["ok", "ok", "error", "ok", "error", "ok"],
+        error_code=[None, None, "corrupt", None, "missing", None],
+        quality_flag=[None, None, None, "lateral", None, None],
+        p_Mass=[0.5, 0.3, None, 0.1, None, 0.7],
+        flag_Mass=[0, 0, None, 0, None, 1],
+    )
+    worklist = build_worklist(table)
+    assert [line["image_id"] for line in worklist.lines] == ["f", "d", "c", "e", "a", "b"]
+    assert [is_doubtful(line) for line in worklist.lines] == [False, True, True, True, False, False]
+    other = tmp_path / "other"
+    other.mkdir()
+    scores = {"p_Mass": [0.5, 0.1], "flag_Mass": [0, 0], "quality_flag": [None, "lateral"], "status": ["ok", "ok"]}
+    unflagged = build_worklist(read(other, run, study_id=["s", "t"], **scores))
+    assert [line["image_id"] for line in unflagged.lines] == ["b", "a"]
+    assert "1 row with a quality flag" in explain_first(unflagged)
