@@ -33,10 +33,11 @@ def add_commands(commands: Any) -> None:
     report.add_argument("--out", required=True, type=any_path, metavar="REPORT", help="folder to write")
     labels_help = "manifest with labels, to evaluate the scores"
     report.add_argument("--manifest", "--labels", dest="labels", type=any_path, metavar="M.parquet", help=labels_help)
-    split_help = "evaluate the images of this split only; external: all, as images of another hospital"
+    split_help = "evaluate this split (without: all images, if none trained the model); external: of another hospital"
     report.add_argument("--split", choices=["train", "val", "test", "external"], help=split_help)
     report.add_argument("--consensus", type=any_path, metavar="TABLE", help="labels of readers, CSV or from reviews")
-    report.add_argument("--boxes", type=any_path, metavar="CSV", help="boxes as in BBox_List_2017, for heat maps")
+    boxes_help = "compare heat maps with boxes as in BBox_List_2017, in pixels of the original images"
+    report.add_argument("--boxes", type=any_path, metavar="CSV", help=boxes_help)
     report.add_argument("--compare", type=any_path, metavar="SCORES2", help="other scores of the same images")
     prevalence_help = "lines such as Effusion = 0.12, for PPV and NPV"
     report.add_argument("--prevalence", type=any_path, metavar="F.toml", help=prevalence_help)

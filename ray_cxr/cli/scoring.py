@@ -40,7 +40,8 @@ def add_commands(commands: Any) -> None:
     score.add_argument("--max-error-rate", type=float, metavar="R", help="exit with 3 if a larger share fails (0.5)")
     precisions = get_args(config.Precision)
     score.add_argument("--precision", choices=precisions, help="auto: bf16 if CPU and bundle support it, else fp32")
-    score.add_argument("--heatmaps", type=int, metavar="K", help="also draw heat maps: each image's top K, and flags")
+    maps_help = "also draw heat maps: of the K highest findings of each image and of all flagged ones"
+    score.add_argument("--heatmaps", type=int, metavar="K", help=maps_help)
     score.add_argument("--features", action="store_true", help="also write each image's pooled features, for probe")
     score.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     skip_help = "leave out images with scores of the same model in earlier folders, or patterns such as 'nights/*'"
