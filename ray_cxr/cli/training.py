@@ -157,5 +157,5 @@ def _tune(arguments: argparse.Namespace) -> None:
     if outcome.gave_up is not None:
         raise RayCxrError(outcome.gave_up)
     if outcome.bundle is None:
-        raise RayCxrError(f"{out}: no trial completed an epoch, so there is no bundle; see trials.parquet")
+        raise RayCxrError(f"{out}: no trial has a stored checkpoint, so there is no bundle; see trials.parquet")
     suggest_score(out / "bundle", arguments.prepared)

@@ -295,9 +295,7 @@ def _summarize_underdiagnosis(found: Underdiagnosis) -> list[str]:
         ]
     if found.tested:
         return [sentence, f"No group clearly differs from the largest one after correction for {corrected}."]
-    few = (
-        f"No group is said to differ from the largest one: that takes {CLAIM_PATIENTS} patients with a finding in both."
-    )
+    few = f"No difference to the largest group is claimed: that takes {CLAIM_PATIENTS} patients with a finding in both."
     return [sentence, few] if found.groups else [sentence]
 
 

@@ -20,7 +20,7 @@ from ray_cxr.models.keras_setup import keras, tf
 from ray_cxr.training.distributed import Replicas
 from ray_cxr.training.ingest import Prefetcher
 
-#: Images per batch, whatever `batch_size` is: large enough for statistics, small enough for the memory of a worker.
+#: Images per batch, independent of `batch_size`: large enough for statistics, small enough for the memory of a worker.
 BATCH_SIZE = 32
 
 
