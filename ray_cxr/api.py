@@ -104,7 +104,7 @@ def plot_calibration(
 
 
 def worklist(scores: Table) -> pd.DataFrame:
-    """List the studies of a score table, the most urgent first and failed images last.
+    """List the studies of a score table in the order to read them, as in worklist.csv of a report.
 
     Args:
         scores: as for `evaluate`. Each image without a `study_id` is a study.

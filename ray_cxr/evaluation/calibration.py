@@ -133,7 +133,9 @@ def fit_rules(
         fit_calibration(labels[rows, j], probabilities[rows, j], method, min_positives) for j, rows in enumerate(known)
     ]
     slopes = np.array([1.0 if scaling is None else scaling.slope for scaling, _ in scalings])
-    slopes[[_is_inverted(labels[rows, j] == 1, probabilities[rows, j]) for j, rows in enumerate(known)]] = 0.0
+    for j, rows in enumerate(known):
+        if _is_inverted(labels[rows, j] == 1, probabilities[rows, j], min_positives):
+            slopes[j] = 0.0
     points = {
         each: find_operating_points(labels, probabilities, findings, each, min_positives, slopes)
         for each in (rule, *others)
@@ -152,10 +154,12 @@ def fit_rules(
     return fitted
 
 
-def _is_inverted(y: np.ndarray, p: np.ndarray) -> bool:
-    """Return whether the scores rank positives no higher than negatives; unknown, and False, without one of them."""
+def _is_inverted(y: np.ndarray, p: np.ndarray, min_positives: int) -> bool:
+    """Return whether scores that differ rank positives no higher than negatives; False with too few of them."""
+    if _explain_too_few(y, min_positives) is not None or np.ptp(p) == 0.0:
+        return False
     value = metrics.auroc(y, p)
-    return value is not None and value <= 0.5 and np.ptp(p) > 0.0
+    return value is not None and value <= 0.5
 
 
 def fit_calibration(

@@ -59,6 +59,7 @@ def model_card(info: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> 
         largest=sorted(evaluation.get("differences", []), key=lambda row: -abs(row["difference"]))[:_MAX_DIFFERENCES],
         calibration=_calibration(info),
         worse_calibrated=_list_worse_calibrated(info),
+        useless=[name for name in cells if "sensitivity" in rates and cells[name].get("sensitivity") == 0.0],
         recalibration=_recalibration(info),
         rule=_describe_rule(info),
         alternatives=_alternatives(info),
@@ -127,7 +128,7 @@ def _validation(info: Mapping[str, Any], rates: Sequence[str]) -> str | None:
             rows[name] += [_interval(cell.get(r), cell.get(f"{r}_low"), cell.get(f"{r}_high")) for r in rates]
         if rates:  # after a recalibration, `_recalibration` lists the rules
             rows[name] += _rules(info, name)
-    return _table([*heads, *(("calibrated", "flags above", "flag rate") if rates else ())], rows)
+    return _table([*heads, *(("calibrated", "flags above (raw p)", "flag rate") if rates else ())], rows)
 
 
 def _subgroups(evaluation: Mapping[str, Any], rates: Sequence[str]) -> str:
@@ -203,7 +204,15 @@ def _recalibration(info: Mapping[str, Any]) -> str | None:
             _number(old["threshold"], 4) if old else "none",
             "none" if row["flag_rate_before"] is None else _number(row["flag_rate_before"]),
         ]
-    heads = ["images", "positives", "calibrated", "flags above", "flag rate", "flags above before", "flag rate before"]
+    heads = [
+        "images",
+        "positives",
+        "calibrated",
+        "flags above (raw p)",
+        "flag rate",
+        "flags above before",
+        "flag rate before",
+    ]
     return _table(heads, rows)
 
 

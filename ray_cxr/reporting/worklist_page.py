@@ -22,6 +22,7 @@ CARDS, ROWS = 10, 25
 _AT_LEAST, _AT_MOST = 3, 5
 #: Longer side of an image on the page, pixels; as WebP it has about 5 kB.
 _SIDE = 320
+_NO_FLAGS = np.zeros(0, dtype=np.int8)
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,10 @@ def _build_row(table: Scores, worklist: Worklist, place: int) -> StudyRow:
     shown = found[: min(_AT_MOST, max(_AT_LEAST, n_flagged))]
     # A finding that cannot be flagged has often the highest raw probability, and a reader should know it.
     highest = max(found, key=lambda score: score.p or 0.0, default=None)
-    if highest is not None and highest.threshold is None and highest not in shown:
+    if highest is not None and highest not in shown and not (table.flags.get(highest.finding, _NO_FLAGS) >= 0).any():
         shown.append(highest)
     priority, abnormality = (_number(values[place]) for values in (worklist.priority, worklist.abnormality))
-    return StudyRow(line, priority, abnormality, shown, max(0, n_flagged - len(shown)))
+    return StudyRow(line, priority, abnormality, shown, n_flagged - sum(score.flagged for score in shown))
 
 
 def _find_other_image(table: Scores, rows: Sequence[int], finding: str) -> str | None:

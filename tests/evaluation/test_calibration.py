@@ -509,3 +509,8 @@ def test_a_finding_whose_scores_are_lower_with_it_gets_no_flags(rule: str) -> No
     assert found.rule_notes["Nodule"]
     alone = calibration.fit_rules(y[:, :1], p[:, :1], ["Mass"], rule=rule)
     assert found.operating_points["Mass"] == alone.operating_points["Mass"] is not None
+
+
+def test_few_positives_are_the_only_reason_for_missing_rules() -> None:
+    y, p = np.array([[1], [0], [0], [0], [0], [0]]), np.linspace(0.1, 0.6, 6, dtype=np.float32)[:, None]
+    assert calibration.fit_rules(y, p, ["Mass"], min_positives=5).rule_notes["Mass"] == "1 positive, needs 5"

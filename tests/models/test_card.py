@@ -207,3 +207,14 @@ def test_card_names_findings_that_calibration_made_worse(whole: dict[str, Any]) 
 
 def cells_of(whole: dict[str, Any]) -> dict[str, Any]:
     return whole["provenance"]["evaluation"]["findings"]
+
+
+def test_card_names_operating_points_that_flag_no_positive(whole: dict[str, Any]) -> None:
+    named = FINDINGS[2]
+    cells = {name: cell | {"sensitivity": float(name != named)} for name, cell in cells_of(whole).items()}
+    evaluation = whole["provenance"]["evaluation"] | {"findings": cells}
+    text = section(
+        model_card(whole | {"provenance": whole["provenance"] | {"evaluation": evaluation}}, []), "Validation"
+    )
+    (line,) = [line for line in text.splitlines() if "No validation image" in line]
+    assert [name for name in FINDINGS if name in line] == [named]
