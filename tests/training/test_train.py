@@ -357,6 +357,8 @@ def test_settings_that_do_not_fit_are_refused(
     settings, options, part, prepared: Path, tmp_path, command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "count_gpus", lambda: 0)
+    if "--gpu" in options:
+        monkeypatch.setattr("ray.is_initialized", lambda: False)  # earlier tests may have started one
     assert_refused(command(*training_arguments(prepared, tmp_path / "run", **SETTINGS | settings), *options), part)
     assert not (tmp_path / "run").exists()
 

@@ -380,6 +380,7 @@ def test_a_second_command_in_the_same_folder_is_refused(prepared: Path, tmp_path
 
 def test_a_machine_without_a_gpu_is_refused_before_ray_starts(prepared: Path, tmp_path, command, monkeypatch) -> None:
     monkeypatch.setattr(environment, "count_gpus", lambda: 0)
+    monkeypatch.setattr(search.ray, "is_initialized", lambda: False)  # earlier tests may have started one
     code, out, err = command("tune", prepared, "--out", tmp_path / "study", "--gpu")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "--gpu: this machine has no GPU" in err
