@@ -204,6 +204,9 @@ def warn_of_chance(
         return []
     more = f", and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
     text = f"Flags that are not shown to be better than chance, on {where}: {', '.join(parts[:_NAMED])}{more}."
+    unknown = [_name(f) for f, n in counts.items() if n and None in aurocs.get(f, (None,))]
+    if unknown:
+        text += f" Unknown, because too few images there have or lack them: {', '.join(unknown)}."
     return [Warned("chance", text, "Do not rely on them.", tuple(named))]
 
 

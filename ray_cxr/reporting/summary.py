@@ -136,7 +136,7 @@ def _summarize_validation(model: Mapping[str, Any]) -> str:
     provenance = model.get("provenance") or {}
     validation = provenance.get("validation") or {}
     macro, rows = validation.get("macro_auroc"), validation.get("findings") or {}
-    start = "Without labels these scores cannot be checked"
+    start = "Without labels neither these scores nor their order can be checked"
     if macro is None or not rows:
         return f"{start}, and no result of the model on validation images is recorded: how good they are is unknown."
     images = f"its {count_of(max(row['n'] for row in rows.values()), 'validation image')}"

@@ -81,6 +81,10 @@ def test_flags_that_are_no_better_than_chance_are_named() -> None:
     (warning,) = usability.warn_of_chance(flags, known, "these images")
     assert (warning.kind, warning.findings) == ("chance", ("Mass",))
     assert "2 of 3 flagged images" in warning.text
+    (warning,) = usability.warn_of_chance(flags, {"Mass": known["Mass"]}, "these images")
+    assert "Unknown" in warning.text
+    assert "Edema" in warning.text
+    assert "Hernia" not in warning.text  # it has no flags
     assert usability.warn_of_chance(flags, {"Mass": (None, None, None)}, "these images") == []
     assert usability.warn_of_chance({}, known, "these images") == []
 
