@@ -124,14 +124,15 @@ def warn_of_missing(
         text = f"Only {only} can be flagged; {count_of(len(missing), 'finding')} cannot: {_list(names)}."
     else:
         text = f"{len(missing)} of {len(points)} findings cannot be flagged: {_list(names)}."
-    images = any(point.reason and point.reason.startswith(_FEWER) for point in missing)
+    few = [point.finding for point in missing if point.reason and point.reason.startswith(_FEWER)]
     rules = any(point.reason and not point.reason.startswith(_FEWER) for point in missing)
+    these = "it" if one else "them" if len(few) == len(missing) else _list(few)
     cost = "" if remedy_rate is None else f" (flags {_percent(remedy_rate)} of these images)"
     remedies = (
         f"another rule, by `ray-cxr recalibrate` with labels and `--set operating_point={_REMEDY}`{cost}"
         if rules and helps
         else "",
-        f"more validation images with {'it' if one else 'them'}" if images else "",
+        f"more validation images with {these}" if few else "",
     )
     advice = f"An image without a flag may have {'it' if one else 'them'}."
     if any(remedies):

@@ -33,6 +33,7 @@ def test_findings_without_a_threshold_are_grouped_by_reason() -> None:
         assert part in warned.reasons
         assert part not in warned.text, "the summary names findings, the section the reasons"
     assert "calibration" not in warned.reasons
+    assert "images with Edema, Hernia" in warned.advice  # Mass has enough
     # A model that can flag few findings
     few = build_model(dict.fromkeys(("Infiltration", "Pleural_Thickening"), 0.2), {})
     assert usability.warn_of_model(few)[0].text.startswith(
