@@ -344,9 +344,12 @@ def test_retry_errors_reads_what_may_have_recovered(decode: str, manifest, tiny_
 @pytest.mark.usefixtures("without_ray")
 def test_refused_run_changes_nothing(copy, manifest, tiny_bundle, tmp_path: Path, command, monkeypatch) -> None:
     before = modification_times(copy)
-    monkeypatch.setattr(environment, "count_gpus", lambda: 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(environment, "count_gpus", lambda: 0)
+        patch.setattr("ray.is_initialized", lambda: False)  # earlier tests may have started one
+        refused = command(*arguments(tiny_bundle, manifest, copy, "--fresh", "--gpu"))
+    assert_refused(refused, "--gpu: this machine has no GPU")
     for bad, word in (
-        (["--gpu"], "--gpu: this machine has no GPU"),
         (["--gpu", "--set", "decode=inside"], "decode=inside"),
         (["--set", "jit_compile=true"], "jit_compile"),
         (["--set", "cpus_per_actor=64"], "cpus_per_actor=64"),
