@@ -142,7 +142,7 @@ def test_wrong_settings_are_refused_and_nothing_is_written(settings, base, words
 def test_early_stopping_compares_rates_that_do_not_depend_on_the_last_epoch(
     settings: dict[str, Any], base: dict[str, Any], prepared: Path, tmp_path: Path
 ) -> None:
-    """No trial of an accepted search with early stopping has a cosine, whatever it samples."""
+    """No trial of an accepted search with early stopping has a cosine."""
     plan = plan_of(prepared, tmp_path / "study", BASE.replace(**base), **settings)
     drawn = {plan.build_settings(trial).schedule for trial in ask(plan, plan.open_study(), 12)}
     assert ("cosine" in drawn) == (plan.settings.scheduler == "none")
